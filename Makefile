@@ -1,0 +1,33 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## train, kill three times, prove that the result is the same
+	$(BIN)/python examples/chargpt/demo.py
+
+test: $(STAMP)  ## everything that finishes within ten minutes on two cores
+	$(BIN)/pytest -n 2 -m "not long"
+
+test-all: $(STAMP)  ## the long attacks as well
+	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/checkpoint.py
+
+clean:
+	rm -rf $(VENV) demo-out

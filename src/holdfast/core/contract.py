@@ -1,0 +1,125 @@
+"""What trainer, agent and controller know of each other: environment variables, exit codes and one shared page of progress.
+
+They never import each other. The progress page is a small file that the trainer maps into memory: a store of eight bytes per step
+costs nothing, and what was written survives the death of the writer, so that the agent can say how much work was lost.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+__all__ = [
+    "ENV_ATTEMPT",
+    "ENV_CONTROL",
+    "ENV_FRESH",
+    "ENV_RUN",
+    "EXIT_DONE",
+    "EXIT_FENCED",
+    "EXIT_INTERRUPTED",
+    "EXIT_NO_PROGRESS",
+    "EXIT_PREEMPTED",
+    "EXIT_USAGE",
+    "Phase",
+    "Progress",
+    "ProgressPage",
+]
+
+ENV_RUN = "HOLDFAST_RUN"
+"""URL of the run, set by the launcher or agent; used where the script names none."""
+ENV_ATTEMPT = "HOLDFAST_ATTEMPT"
+"""How often the agent has started the command so far, counted from 1. For people; identity is the token in the head."""
+ENV_CONTROL = "HOLDFAST_CONTROL"
+"""A folder on the machine that agent and trainer share; holds the progress page."""
+ENV_FRESH = "HOLDFAST_FRESH"
+"""`1` on the first start only: begin a new generation instead of resuming."""
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+"""A wrong argument, or a run that is not what the caller thinks: starting it again would fail again."""
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL: capacity was taken away, the state is saved, start me again. Not 137 or 143, which are ambiguous."""
+EXIT_FENCED = 76
+"""EX_PROTOCOL: another attempt owns the run; do not start me again."""
+EXIT_NO_PROGRESS = 77
+"""Two attempts in a row reached no new checkpoint; a person must look."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C: 128 + SIGINT, as shells report it."""
+
+
+class Phase(IntEnum):
+    """What the trainer is doing, as the agent sees it."""
+
+    STARTING = 0
+    RESTORING = 1
+    TRAINING = 2
+    EVALUATING = 3
+    LEAVING = 4
+    FINISHED = 5
+
+
+_LAYOUT = struct.Struct("<8sqqqqq")
+_MAGIC = b"hfprog01"
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One reading of the page. Steps are -1 where nothing is known yet; `attempt` is the number in the claimed head, 0 if none."""
+
+    attempt: int
+    step: int
+    restored_step: int
+    committed_step: int
+    phase: Phase
+
+
+class ProgressPage:
+    """The trainer's side writes, the agent's side reads; the file outlives both.
+
+    Thread safety: one writer thread per field group; eight-byte stores are not torn on the platforms that holdfast supports.
+    """
+
+    FILE_NAME = "progress"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / self.FILE_NAME
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, _PAGE_BYTES)
+            self._memory = mmap.mmap(descriptor, _PAGE_BYTES)
+        finally:
+            os.close(descriptor)
+
+    def reset(self) -> None:
+        """Called by the agent before each start, so that a dead attempt's figures are not read as the new one's."""
+        _LAYOUT.pack_into(self._memory, 0, _MAGIC, 0, -1, -1, -1, int(Phase.STARTING))
+
+    def claimed(self, attempt: int) -> None:
+        struct.pack_into("<q", self._memory, 8, attempt)
+
+    def stepped(self, step: int) -> None:
+        struct.pack_into("<q", self._memory, 16, step)
+
+    def restored(self, step: int) -> None:
+        struct.pack_into("<qq", self._memory, 16, step, step)
+
+    def committed(self, step: int) -> None:
+        struct.pack_into("<q", self._memory, 32, step)
+
+    def entered(self, phase: Phase) -> None:
+        struct.pack_into("<q", self._memory, 40, int(phase))
+
+    def read(self) -> Progress | None:
+        """The newest figures, or None while no trainer that knows holdfast has opened the page."""
+        magic, attempt, step, restored, committed, phase = _LAYOUT.unpack_from(self._memory, 0)
+        if magic != _MAGIC or attempt == 0:
+            return None
+        return Progress(attempt, step, restored, committed, Phase(phase))
+
+    def close(self) -> None:
+        self._memory.close()

@@ -1,0 +1,1 @@
+"""L1: object stores behind one small interface."""

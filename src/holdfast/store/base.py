@@ -1,0 +1,82 @@
+"""The whole surface that holdfast needs of an object store, and what each implementation promises.
+
+Keys are relative to the run's URL, `/`-separated, of the characters `A-Za-z0-9._-` and never with an empty, `.` or `..`
+component (`check_key`). Objects are written whole: a reader sees all of an object or none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from holdfast.core.errors import UsageError
+
+__all__ = ["Entry", "Store", "check_key"]
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+
+
+class Entry(NamedTuple):
+    """One listed object."""
+
+    key: str
+    size_bytes: int
+
+
+def check_key(key: str) -> str:
+    """Return `key`, or raise UsageError when it could name something outside the run (path tricks, empty components)."""
+    if len(key) > 900 or not all(_COMPONENT.fullmatch(component) for component in key.split("/")):
+        raise UsageError(f"not a valid object key: {key!r}")
+    return key
+
+
+class Store(Protocol):
+    """Objects below one URL.
+
+    Thread safety: every method may be called from any thread at the same time.
+    Ownership: buffers passed in are only read, and only until the call returns; buffers returned belong to the caller.
+    Failure contract: every error is one of `holdfast.core.errors`. `NotFound` means confirmed absent. `StoreUnavailable` after a
+    write means that the outcome is unknown: the write may have been applied, may never be, or may still land later.
+    Durability: when a write has returned, the object survives a power cut (local: file and folders are fsynced).
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL without credentials; safe to log."""
+        ...
+
+    def put(self, key: str, body: memoryview | bytes | Sequence[memoryview | bytes]) -> None:
+        """Create an object under a name that no one else uses. Repeating it with the same bytes is harmless.
+
+        A sequence of buffers is written one after the other as one object.
+        """
+        ...
+
+    def put_new(self, key: str, body: bytes) -> bool:
+        """Create an object if the name is free. True: this call created it. False: the name is taken, *possibly by this very call*,
+        because clients retry inside; the caller compares what is there with what it wrote (a nonce)."""
+        ...
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """The whole object. Raises FormatError, without reading it all, when it is larger than `max_bytes`."""
+        ...
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable, contiguous bytes) from the object's range [offset, offset + len(buffer)).
+
+        Raises IntegrityError when the object is too short for the range, NotFound when it is absent.
+        """
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Every object whose key starts with `prefix` (whole components: "" or ending in "/"), ascending by key."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; removing what is absent is no error."""
+        ...
+
+    def close(self) -> None:
+        """Give back connections and descriptors. The store is not used afterwards."""
+        ...
