@@ -17,6 +17,7 @@ __all__ = [
     "ENV_ATTEMPT",
     "ENV_CONTROL",
     "ENV_FRESH",
+    "ENV_PREVIOUS_STEP",
     "ENV_RUN",
     "EXIT_DONE",
     "EXIT_FENCED",
@@ -37,6 +38,9 @@ ENV_CONTROL = "HOLDFAST_CONTROL"
 """A folder on the machine that agent and trainer share; holds the progress page."""
 ENV_FRESH = "HOLDFAST_FRESH"
 """`1` on the first start only: begin a new generation instead of resuming."""
+
+ENV_PREVIOUS_STEP = "HOLDFAST_PREVIOUS_STEP"
+"""The last step that the attempt before is known to have completed, read from its progress page after it died."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2

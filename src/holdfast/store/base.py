@@ -12,7 +12,10 @@ from typing import NamedTuple, Protocol
 
 from holdfast.core.errors import UsageError
 
-__all__ = ["Entry", "Store", "check_key"]
+__all__ = ["Body", "Entry", "Store", "check_key", "check_prefix", "flat_buffers", "is_key"]
+
+Body = memoryview | bytes | Sequence[memoryview | bytes]
+"""What `put` takes: one buffer, or several that become one object."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
@@ -24,11 +27,37 @@ class Entry(NamedTuple):
     size_bytes: int
 
 
+def is_key(name: str) -> bool:
+    """True when `name` could be one of ours; stores do not list what is not (markers of folders, hidden files)."""
+    return len(name) <= 900 and all(_COMPONENT.fullmatch(component) for component in name.split("/"))
+
+
 def check_key(key: str) -> str:
-    """Return `key`, or raise UsageError when it could name something outside the run (path tricks, empty components)."""
-    if len(key) > 900 or not all(_COMPONENT.fullmatch(component) for component in key.split("/")):
+    """Return `key`, or raise UsageError when it could name something outside the run (path tricks, empty parts)."""
+    if not is_key(key):
         raise UsageError(f"not a valid object key: {key!r}")
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix`, or raise UsageError when it is neither empty nor whole components ending in "/"."""
+    if prefix and not prefix.endswith("/"):
+        raise UsageError(f'a prefix is empty or ends in "/", not {prefix!r}')
+    if prefix:
+        check_key(prefix[:-1])
+    return prefix
+
+
+def flat_buffers(body: Body) -> list[memoryview]:
+    """The body as one-dimensional views of bytes over the caller's memory, empty ones left out."""
+    try:
+        parts: Sequence[memoryview | bytes] = [memoryview(body)]  # type: ignore[arg-type]
+    except TypeError:
+        parts = body  # type: ignore[assignment]
+    views = [memoryview(part) for part in parts]
+    if not all(view.c_contiguous for view in views):
+        raise UsageError("a buffer is not contiguous in memory; copy it first")
+    return [view.cast("B") for view in views if view.nbytes]
 
 
 class Store(Protocol):
@@ -36,8 +65,8 @@ class Store(Protocol):
 
     Thread safety: every method may be called from any thread at the same time.
     Ownership: buffers passed in are only read, and only until the call returns; buffers returned belong to the caller.
-    Failure contract: every error is one of `holdfast.core.errors`. `NotFound` means confirmed absent. `StoreUnavailable` after a
-    write means that the outcome is unknown: the write may have been applied, may never be, or may still land later.
+    Failure contract: every error is one of `holdfast.core.errors`. `NotFound` means confirmed absent. After a write,
+    `StoreUnavailable` means that the outcome is unknown: it may have been applied, may never be, or may land later.
     Durability: when a write has returned, the object survives a power cut (local: file and folders are fsynced).
     """
 
@@ -54,8 +83,8 @@ class Store(Protocol):
         ...
 
     def put_new(self, key: str, body: bytes) -> bool:
-        """Create an object if the name is free. True: this call created it. False: the name is taken, *possibly by this very call*,
-        because clients retry inside; the caller compares what is there with what it wrote (a nonce)."""
+        """Create an object if the name is free. True: this call created it. False: the name is taken, *possibly by this
+        very call*, because clients retry inside; the caller compares what is there with what it wrote (a nonce)."""
         ...
 
     def get(self, key: str, *, max_bytes: int) -> bytes:

@@ -1,0 +1,16 @@
+"""L2: tree → snapshot → chunk → write → commit → read → retain.
+
+The way of the data, one file per station:
+
+    tree.py      a state tree becomes a typed JSON document and a list of named arrays
+    arrays.py    what an array is here: dtype, global shape, offsets; adapters for numpy and (torch_arrays.py) torch
+    staging.py   shared memory under a hard cap, where snapshots live
+    snapshot.py  a consistent copy of the arrays at a step boundary
+    write.py     chunks, block hashes, deduplication, objects; durable before anything names them
+    heads.py     numbered heads: claim, commit, fencing
+    saver.py     the background thread that turns the newest snapshot into a checkpoint
+    read.py      restore: verified, straight into memory, falling back when bytes do not verify
+    retain.py    which checkpoints stay, what is condemned, what is swept
+    runs.py      what people do to a run from outside: verify, roll back, fork, remove
+    format.py    the bytes of roots, parts, heads and pins
+"""

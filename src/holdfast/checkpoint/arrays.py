@@ -1,0 +1,213 @@
+"""What an array is to holdfast, whatever library owns it.
+
+An `ArraySpec` describes bytes: dtype, the shape of the part held here, and where that part lies in the global tensor (so that a
+tensor sharded over ranks is described by the same words). An `ArrayAdapter` knows one library's arrays: it recognises them, copies
+them into staging, and makes or fills them at restore. numpy's adapter is here; torch's is in `torch_arrays.py` and is loaded only
+when the process has already imported torch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from holdfast.core.errors import UnsupportedState
+
+__all__ = ["DTYPE_BYTES", "ArrayAdapter", "ArraySpec", "Copy", "NumpyAdapter", "adapter_for", "adapter_named"]
+
+DTYPE_BYTES: dict[str, int] = {
+    "bool": 1,
+    "u8": 1,
+    "u16": 2,
+    "u32": 4,
+    "u64": 8,
+    "i8": 1,
+    "i16": 2,
+    "i32": 4,
+    "i64": 8,
+    "f16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+    "f8_e4m3fn": 1,
+    "f8_e4m3fnuz": 1,
+    "f8_e5m2": 1,
+    "f8_e5m2fnuz": 1,
+}
+"""Bytes per element of every dtype that the format knows. All are little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array, or one rank's part of it.
+
+    `shape` is what is held here; it starts at `offsets` in the tensor of `global_shape`. Unsharded: offsets are all zero and both
+    shapes are equal. Bytes are in C order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    library: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Copy(Protocol):
+    """A copy of many arrays that may still be under way (CUDA)."""
+
+    def release(self) -> None:
+        """Called before an optimizer writes: from here on, what still has to be copied must be safe from the writer."""
+        ...
+
+    def wait(self) -> None:
+        """Block until every byte is in staging. Called from the saver's thread."""
+        ...
+
+
+class ArrayAdapter(Protocol):
+    """Knows one library's arrays. Stateless and thread-safe."""
+
+    library: str
+
+    def recognises(self, value: object) -> bool: ...
+
+    def spec(self, name: str, value: Any) -> ArraySpec:
+        """Raises UnsupportedState for layouts that cannot be stored (sparse, quantised, object dtype)."""
+        ...
+
+    def identity(self, value: Any) -> tuple[object, ...]:
+        """Equal for two values that are the same memory seen the same way (tied weights), which are then stored once."""
+        ...
+
+    def copy(self, values: Sequence[Any], buffers: Sequence[memoryview], deferrable: Sequence[bool]) -> Copy:
+        """Copy each value's bytes, in C order, into its buffer. Where `deferrable`, the copy may go on until an optimizer steps."""
+        ...
+
+    def stream(self, value: Any, start_byte: int, length: int) -> memoryview:
+        """Bytes [start, start + length) of the value in C order, for the mode without staging; valid until the value changes."""
+        ...
+
+    def allocate(self, spec: ArraySpec) -> Any:
+        """A new, uninitialised array for `spec` in host memory."""
+        ...
+
+    def writable(self, value: Any) -> memoryview | None:
+        """The value's own memory as writable bytes, if it is contiguous host memory; otherwise None (allocate, then assign)."""
+        ...
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Copy `source` (made by `allocate`) into `target`, which may lie on another device."""
+        ...
+
+
+_NUMPY_NAMES = {
+    np.dtype(np.bool_): "bool",
+    np.dtype(np.uint8): "u8",
+    np.dtype(np.uint16): "u16",
+    np.dtype(np.uint32): "u32",
+    np.dtype(np.uint64): "u64",
+    np.dtype(np.int8): "i8",
+    np.dtype(np.int16): "i16",
+    np.dtype(np.int32): "i32",
+    np.dtype(np.int64): "i64",
+    np.dtype(np.float16): "f16",
+    np.dtype(np.float32): "f32",
+    np.dtype(np.float64): "f64",
+    np.dtype(np.complex64): "c64",
+    np.dtype(np.complex128): "c128",
+}
+_NUMPY_TYPES = {name: dtype for dtype, name in _NUMPY_NAMES.items()}
+
+
+class _Done:
+    """A copy that was finished when it was returned."""
+
+    def release(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+
+class NumpyAdapter:
+    """numpy arrays of numbers and booleans in the machine's (little-endian) byte order."""
+
+    library = "numpy"
+
+    def recognises(self, value: object) -> bool:
+        return type(value) is np.ndarray
+
+    def spec(self, name: str, value: np.ndarray[Any, Any]) -> ArraySpec:
+        dtype = _NUMPY_NAMES.get(value.dtype)
+        if dtype is None or not value.dtype.isnative:
+            raise UnsupportedState(
+                f"{name}: numpy arrays of dtype {value.dtype!s} cannot be stored; convert it to a plain number type first"
+            )
+        return ArraySpec(name, dtype, value.shape, value.shape, (0,) * value.ndim, self.library)
+
+    def identity(self, value: np.ndarray[Any, Any]) -> tuple[object, ...]:
+        return (self.library, value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
+
+    def copy(
+        self, values: Sequence[np.ndarray[Any, Any]], buffers: Sequence[memoryview], deferrable: Sequence[bool]
+    ) -> Copy:
+        for value, buffer in zip(values, buffers, strict=True):
+            np.copyto(np.frombuffer(buffer, dtype=value.dtype).reshape(value.shape), value)
+        return _Done()
+
+    def stream(self, value: np.ndarray[Any, Any], start_byte: int, length: int) -> memoryview:
+        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        return flat[start_byte : start_byte + length].data
+
+    def allocate(self, spec: ArraySpec) -> np.ndarray[Any, Any]:
+        return np.empty(spec.shape, dtype=_NUMPY_TYPES[spec.dtype])
+
+    def writable(self, value: np.ndarray[Any, Any]) -> memoryview | None:
+        if not (value.flags.c_contiguous and value.flags.writeable) or value.size == 0:
+            return None
+        return value.reshape(-1).view(np.uint8).data
+
+    def assign(self, target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> None:
+        np.copyto(target, source)
+
+
+_NUMPY = NumpyAdapter()
+
+
+def _torch_adapter() -> ArrayAdapter:
+    from holdfast.checkpoint.torch_arrays import TorchAdapter
+
+    return TorchAdapter()
+
+
+def adapter_for(value: object) -> ArrayAdapter | None:
+    """The adapter that stores `value` as an array, or None when it is no array."""
+    if _NUMPY.recognises(value):
+        return _NUMPY
+    if "torch" in sys.modules:
+        torch_adapter = _torch_adapter()
+        if torch_adapter.recognises(value):
+            return torch_adapter
+    return None
+
+
+def adapter_named(library: str) -> ArrayAdapter:
+    """The adapter that makes arrays of `library`. Falls back to numpy where torch is not installed (inspection, export)."""
+    if library == "torch":
+        try:
+            return _torch_adapter()
+        except ImportError:
+            return _NUMPY
+    return _NUMPY

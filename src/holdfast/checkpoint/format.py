@@ -1,0 +1,282 @@
+"""The bytes of everything under a run's URL that is not tensor data. docs/checkpoint-format.md says the same in words.
+
+Records (run, head, root, pin) are *sealed* JSON: `{"blake3":"<64 hex digits>","body":…}`, where the hash is over the exact bytes of
+the body, so that a flipped byte is found before anything is believed. A part (one rank's index) is a magic line and MessagePack;
+its hash stands in the root, and the root's hash in the head. Every size and name is checked before it is used: a folder may be
+hostile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from holdfast.checkpoint.arrays import DTYPE_BYTES, ArraySpec
+from holdfast.core.errors import FormatError, IntegrityError, UsageError
+from holdfast.store.base import check_key
+
+__all__ = [
+    "BLOCK_BYTES",
+    "CHUNK_BYTES",
+    "FORMAT_VERSION",
+    "HASH_BYTES",
+    "MAX_PART_BYTES",
+    "MAX_RECORD_BYTES",
+    "OBJECT_BYTES",
+    "ArrayEntry",
+    "CheckpointRef",
+    "Chunk",
+    "Head",
+    "ObjectRef",
+    "Part",
+    "PartRef",
+    "Pin",
+    "PinnedBy",
+    "Root",
+    "RunRecord",
+    "decode_part",
+    "digest",
+    "encode_part",
+    "head_key",
+    "seal",
+    "unseal",
+]
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 1 << 20
+"""A hash covers at most this many bytes, so a resharding read verifies the ranges it takes without reading whole objects."""
+CHUNK_BYTES = 16 << 20
+"""What is deduplicated as a unit: at most this many consecutive bytes of one array."""
+OBJECT_BYTES = 64 << 20
+"""No data object is larger, so that every one is a single PUT."""
+HASH_BYTES = 32
+MAX_RECORD_BYTES = 64 << 20
+MAX_PART_BYTES = 1 << 30
+_PART_MAGIC = b"HOLDFAST-PART-1\n"
+_SEAL_HEAD = b'{"blake3":"'
+_SEAL_BODY = b'","body":'
+_MAX_DIMENSIONS = 64
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`run.json`: what the run is, created once."""
+
+    format: int
+    run_id: str
+    created_unix_s: float
+    name: str
+
+
+class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A retained checkpoint as a head names it. `home` is the URL of another run whose checkpoint this one refers to (a fork)."""
+
+    name: str
+    root_blake3: str
+    step: int
+    epoch: int
+    generation: int
+    attempt: int
+    unix_s: float
+    total_bytes: int
+    home: str | None = None
+
+
+class Pin(msgspec.Struct, frozen=True, kw_only=True):
+    """A reference that this run holds into another run: the pin object `pins/<name>` in the run at `home`."""
+
+    name: str
+    home: str
+
+
+class PinnedBy(msgspec.Struct, frozen=True, kw_only=True):
+    """`pins/<name>` in the source of a fork: who refers to which checkpoint. `checkpoint` must not be swept while the target says so."""
+
+    format: int
+    target: str
+    checkpoint: CheckpointRef
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """`heads/<number>.json`: one state of the run. The highest number is the truth."""
+
+    format: int
+    run_id: str
+    number: int
+    nonce: str
+    parent: str
+    owner: str
+    attempt: int
+    kind: str
+    generation: int
+    unix_s: float
+    identity: str
+    checkpoints: list[CheckpointRef]
+    condemned: list[str]
+    pins: list[Pin]
+    finished: bool
+    removed: bool
+
+
+class PartRef(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's part as the root names it."""
+
+    key: str
+    size_bytes: int
+    blake3: str
+
+
+class Root(msgspec.Struct, frozen=True, kw_only=True):
+    """`checkpoints/<name>/root.json`: metadata and the hash of every part. `objects` are the run's own data objects that the parts
+    refer to; `homes` the other runs that they refer to."""
+
+    format: int
+    run_id: str
+    name: str
+    world_size: int
+    parts: list[PartRef]
+    objects: list[str]
+    homes: list[str]
+    metadata: dict[str, Any]
+
+
+class ObjectRef(msgspec.Struct, frozen=True, array_like=True):
+    """A data object: `home` indexes Part.homes (0 is the run itself)."""
+
+    home: int
+    key: str
+    size_bytes: int
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive bytes of an array: `length` bytes at `offset` of object number `object`; one hash per block of them."""
+
+    object: int
+    offset: int
+    length: int
+    hashes: bytes
+
+
+class ArrayEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One array (or this rank's part of it) and where its bytes are, in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    library: str
+    chunks: list[Chunk]
+
+    def spec(self) -> ArraySpec:
+        return ArraySpec(self.name, self.dtype, self.shape, self.global_shape, self.offsets, self.library)
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's index: the state document and every array of it."""
+
+    version: int
+    rank: int
+    homes: list[str]
+    objects: list[ObjectRef]
+    arrays: list[ArrayEntry]
+    document: bytes
+
+
+Record = TypeVar("Record", RunRecord, Head, Root, PinnedBy)
+
+
+def digest(data: bytes | memoryview) -> str:
+    """BLAKE3-256 as 64 hexadecimal digits."""
+    return blake3(data).hexdigest()
+
+
+def head_key(number: int) -> str:
+    return f"heads/{number:08d}.json"
+
+
+def seal(record: msgspec.Struct) -> bytes:
+    """A record as sealed JSON."""
+    body = msgspec.json.encode(record)
+    return _SEAL_HEAD + digest(body).encode("ascii") + _SEAL_BODY + body + b"}\n"
+
+
+def unseal(data: bytes, kind: type[Record], *, what: str) -> Record:
+    """Check the seal and the format version, then decode. `what` names the object in messages.
+
+    Raises IntegrityError when the hash does not match and FormatError when the content is not a `kind`.
+    """
+    start = len(_SEAL_HEAD)
+    hexadecimal, separator = data[start : start + 64], data[start + 64 : start + 64 + len(_SEAL_BODY)]
+    if data[:start] != _SEAL_HEAD or separator != _SEAL_BODY or data[-2:] != b"}\n":
+        raise FormatError(f"{what}: not a holdfast record (torn, altered or something else)")
+    body = data[start + 64 + len(_SEAL_BODY) : -2]
+    if digest(body).encode("ascii") != hexadecimal:
+        raise IntegrityError(f"{what}: the bytes do not match their hash; the object has been altered or torn")
+    try:
+        record = msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise FormatError(f"{what}: not a valid record: {error}") from error
+    if record.format != FORMAT_VERSION:
+        raise FormatError(f"{what}: written in format {record.format}; this holdfast reads format {FORMAT_VERSION}")
+    return record
+
+
+def encode_part(part: Part) -> bytes:
+    return _PART_MAGIC + msgspec.msgpack.encode(part)
+
+
+def decode_part(data: bytes, *, what: str) -> Part:
+    """Decode and validate every number and name in it. Raises FormatError."""
+    if not data.startswith(_PART_MAGIC):
+        raise FormatError(f"{what}: not a holdfast part")
+    try:
+        part = msgspec.msgpack.decode(memoryview(data)[len(_PART_MAGIC) :], type=Part)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise FormatError(f"{what}: not a valid part: {error}") from error
+    if part.version != FORMAT_VERSION:
+        raise FormatError(f"{what}: written in format {part.version}; this holdfast reads format {FORMAT_VERSION}")
+    for reference in part.objects:
+        _check_object(reference, len(part.homes), what)
+    names = set()
+    for entry in part.arrays:
+        if entry.name in names:
+            raise FormatError(f"{what}: the array {entry.name!r} is listed twice")
+        names.add(entry.name)
+        _check_entry(entry, part.objects, what)
+    return part
+
+
+def _check_object(reference: ObjectRef, homes: int, what: str) -> None:
+    try:
+        check_key(reference.key)
+    except UsageError as error:
+        raise FormatError(f"{what}: {error}") from error
+    if not reference.key.startswith("data/"):
+        raise FormatError(f"{what}: {reference.key!r} is not a data object")
+    if not 0 <= reference.home <= homes or not 0 <= reference.size_bytes <= OBJECT_BYTES:
+        raise FormatError(f"{what}: the object {reference.key!r} has an impossible home or size")
+
+
+def _check_entry(entry: ArrayEntry, objects: list[ObjectRef], what: str) -> None:
+    label = f"{what}: array {entry.name!r}"
+    dimensions = len(entry.shape)
+    if entry.dtype not in DTYPE_BYTES:
+        raise FormatError(f"{label} has the unknown dtype {entry.dtype!r}")
+    if dimensions > _MAX_DIMENSIONS or len(entry.global_shape) != dimensions or len(entry.offsets) != dimensions:
+        raise FormatError(f"{label} has shapes of different length")
+    for size, whole, offset in zip(entry.shape, entry.global_shape, entry.offsets, strict=True):
+        if size < 0 or offset < 0 or offset + size > whole:
+            raise FormatError(f"{label} lies outside its global shape")
+    expected = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+    if sum(chunk.length for chunk in entry.chunks) != expected:
+        raise FormatError(f"{label} should have {expected} bytes, its chunks have others")
+    for chunk in entry.chunks:
+        if not 0 <= chunk.object < len(objects) or chunk.length <= 0 or chunk.offset < 0:
+            raise FormatError(f"{label} has an impossible chunk")
+        if chunk.offset + chunk.length > objects[chunk.object].size_bytes:
+            raise FormatError(f"{label} has a chunk beyond the end of its object")
+        if len(chunk.hashes) != HASH_BYTES * -(-chunk.length // BLOCK_BYTES):
+            raise FormatError(f"{label} has a chunk with missing block hashes")

@@ -1,0 +1,207 @@
+"""Restore: every byte is checked against its hash before anybody computes with it.
+
+The chain of trust is head → root → part → block. A missing object or a hash that does not match makes the caller fall back to an older
+checkpoint (`restore_newest`); a store that answers 403, 5xx or nothing does not, because throttling must not cost a day of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from holdfast.checkpoint.format import (
+    MAX_PART_BYTES,
+    ArrayEntry,
+    CheckpointRef,
+    Chunk,
+    Head,
+    Part,
+    Root,
+    decode_part,
+    digest,
+)
+from holdfast.checkpoint.heads import read_truth
+from holdfast.checkpoint.retain import StoreOpener, read_root
+from holdfast.checkpoint.write import block_hashes
+from holdfast.core.errors import FormatError, IntegrityError, NotFound, RestoreError
+from holdfast.store.base import Store
+
+__all__ = ["CheckpointReader", "Fallback", "open_checkpoint", "restore_newest"]
+
+_SMALL_BYTES = 1 << 20
+_JOIN_GAP_BYTES = 64 << 10
+_JOIN_BYTES = 8 << 20
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A checkpoint that did not verify, and why."""
+
+    checkpoint: CheckpointRef
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One chunk and the memory that it goes to."""
+
+    chunk: Chunk
+    target: memoryview
+    label: str
+
+
+class CheckpointReader:
+    """One verified index and access to the bytes behind it. Thread-safe."""
+
+    def __init__(self, store: Store, ref: CheckpointRef, root: Root, part: Part, open_home: StoreOpener) -> None:
+        self.ref = ref
+        self.root = root
+        self.part = part
+        self.entries: dict[str, ArrayEntry] = {entry.name: entry for entry in part.arrays}
+        self._stores = [store, *(open_home(home) for home in part.homes)]
+        self._label = f"{store.url}/{ref.name}"
+
+    def read(
+        self,
+        wanted: Iterable[tuple[ArrayEntry, memoryview]],
+        pool: ThreadPoolExecutor,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill each buffer with its array's bytes, verified. `progress` is told the bytes as they arrive, from any thread.
+
+        Raises IntegrityError when bytes do not match or an object is missing; the buffers then hold no usable data.
+        """
+        futures = [pool.submit(task) for task in self._tasks(wanted, progress or (lambda count: None))]
+        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in pending:
+            future.cancel()
+        wait(pending)
+        errors = [error for future in done if (error := future.exception()) is not None]
+        # A store that is unavailable outranks lost bytes: nothing may be declared lost while requests fail.
+        for error in sorted(errors, key=lambda error: isinstance(error, IntegrityError | NotFound)):
+            raise error
+
+    def _tasks(
+        self, wanted: Iterable[tuple[ArrayEntry, memoryview]], progress: Callable[[int], None]
+    ) -> list[Callable[[], None]]:
+        tasks: list[Callable[[], None]] = []
+        small: list[_Wanted] = []
+        for entry, buffer in wanted:
+            position = 0
+            for chunk in entry.chunks:
+                item = _Wanted(
+                    chunk, buffer[position : position + chunk.length], f"{self._label}: array {entry.name!r}"
+                )
+                position += chunk.length
+                if chunk.length >= _SMALL_BYTES:
+                    tasks.append(partial(self._read_chunk, item, progress))
+                else:
+                    small.append(item)
+        tasks.extend(partial(self._read_group, group, progress) for group in _groups(small))
+        return tasks
+
+    def _fetch(self, number: int, offset: int, target: memoryview) -> None:
+        reference = self.part.objects[number]
+        self._stores[reference.home].read_into(reference.key, offset, target)
+
+    def _read_chunk(self, item: _Wanted, progress: Callable[[int], None]) -> None:
+        self._fetch(item.chunk.object, item.chunk.offset, item.target)
+        _verify(item, item.target)
+        progress(item.chunk.length)
+
+    def _read_group(self, group: Sequence[_Wanted], progress: Callable[[int], None]) -> None:
+        start = group[0].chunk.offset
+        together = memoryview(bytearray(max(item.chunk.offset + item.chunk.length for item in group) - start))
+        self._fetch(group[0].chunk.object, start, together)
+        for item in group:
+            data = together[item.chunk.offset - start :][: item.chunk.length]
+            _verify(item, data)
+            item.target[:] = data
+            progress(item.chunk.length)
+
+
+def _verify(item: _Wanted, data: memoryview) -> None:
+    if block_hashes(data) != item.chunk.hashes:
+        raise IntegrityError(f"{item.label}: bytes do not match their hash; the object has been altered or torn")
+
+
+def _groups(small: list[_Wanted]) -> list[list[_Wanted]]:
+    """Small chunks that lie close together are fetched by one request."""
+    groups: list[list[_Wanted]] = []
+    for item in sorted(small, key=lambda item: (item.chunk.object, item.chunk.offset)):
+        if groups:
+            first, last = groups[-1][0].chunk, groups[-1][-1].chunk
+            near = item.chunk.offset - (last.offset + last.length) <= _JOIN_GAP_BYTES
+            fits = item.chunk.offset + item.chunk.length - first.offset <= _JOIN_BYTES
+            if item.chunk.object == first.object and near and fits:
+                groups[-1].append(item)
+                continue
+        groups.append([item])
+    return groups
+
+
+def open_checkpoint(store: Store, ref: CheckpointRef, open_home: StoreOpener) -> CheckpointReader:
+    """Read and verify root and parts. A checkpoint that a fork borrows is read from its home.
+
+    Raises IntegrityError or NotFound.
+    """
+    where = store if ref.home is None else open_home(ref.home)
+    root = read_root(where, ref)
+    if root.world_size != 1 or len(root.parts) != 1:
+        raise FormatError(
+            f"{where.url}/{ref.name}: written by {root.world_size} ranks; this version reads single-rank checkpoints"
+        )
+    reference = root.parts[0]
+    data = where.get(reference.key, max_bytes=min(MAX_PART_BYTES, reference.size_bytes))
+    if digest(data) != reference.blake3:
+        raise IntegrityError(f"{where.url}/{reference.key}: the bytes do not match the hash in the root")
+    return CheckpointReader(where, ref, root, decode_part(data, what=f"{where.url}/{reference.key}"), open_home)
+
+
+def restore_newest(
+    store: Store,
+    head: Head,
+    open_home: StoreOpener,
+    load: Callable[[CheckpointReader], Result],
+    *,
+    fell_back: Callable[[Fallback], None],
+) -> Result | None:
+    """Load the newest checkpoint of the current generation that verifies; None when the head retains none.
+
+    `load` raises IntegrityError or NotFound to say that the checkpoint is unusable. Before a checkpoint is called lost the truth is
+    read again: retention may have removed it meanwhile. `fell_back` is told of every checkpoint that was passed over. Raises
+    RestoreError when none verifies.
+    """
+    failures: list[Fallback] = []
+    candidates = [ref for ref in head.checkpoints if ref.generation == head.generation]
+    if not candidates:
+        return None
+    while candidates:
+        ref = candidates.pop()
+        try:
+            return load(open_checkpoint(store, ref, open_home))
+        except (IntegrityError, NotFound) as error:
+            newest = read_truth(store, head.run_id).head
+            if newest is not None and newest.number > head.number:
+                head = newest
+                tried = {failure.checkpoint.name for failure in failures}
+                candidates = [
+                    other
+                    for other in head.checkpoints
+                    if other.generation == head.generation and other.name not in tried
+                ]
+                if any(other.name == ref.name for other in candidates):
+                    candidates = [other for other in candidates if other.name != ref.name]
+                else:
+                    continue
+            failures.append(Fallback(ref, str(error)))
+            fell_back(failures[-1])
+    reasons = "\n".join(f"  step {failure.checkpoint.step}: {failure.reason}" for failure in failures)
+    raise RestoreError(
+        f"{store.url}: none of the {len(failures)} retained checkpoints verifies:\n{reasons}\n"
+        "The tracked objects must not be used. Look with `holdfast checkpoints verify`, or start a new generation with fresh=True"
+    )

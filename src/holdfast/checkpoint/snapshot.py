@@ -1,0 +1,109 @@
+"""A consistent copy of the training state, taken at a step boundary.
+
+Staged: the bytes lie in a slot of shared memory, one array after the other in the order of the tree, and the writer works from there
+while training goes on. Streamed (when not even one snapshot fits under the cap): nothing is copied, the writer reads the live arrays
+and the loop waits until it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.checkpoint.arrays import ArraySpec, Copy
+from holdfast.checkpoint.staging import Slot
+from holdfast.checkpoint.tree import FlatTree, Leaf
+
+__all__ = ["Layout", "Snapshot", "lay_out", "stage", "stream"]
+
+_ALIGN_BYTES = 16  # the widest element (complex128), so that every array can be viewed in place
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each array lies in a slot."""
+
+    specs: tuple[ArraySpec, ...]
+    offsets: tuple[int, ...]
+    total_bytes: int
+
+
+def lay_out(flat: FlatTree) -> Layout:
+    """Arrays in tree order, aligned. Raises UnsupportedState for arrays that cannot be stored."""
+    specs, offsets, position = [], [], 0
+    for leaf in flat.leaves:
+        spec = leaf.adapter.spec(leaf.name, leaf.value)
+        position = -(-position // _ALIGN_BYTES) * _ALIGN_BYTES
+        specs.append(spec)
+        offsets.append(position)
+        position += spec.nbytes
+    return Layout(tuple(specs), tuple(offsets), position)
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What a checkpoint is made from. `metadata` is JSON for the root; `step` and `epoch` are also in it."""
+
+    document: bytes
+    layout: Layout
+    step: int
+    epoch: int
+    metadata: dict[str, Any]
+    slot: Slot | None
+    copies: list[Copy] = field(default_factory=list)
+    leaves: tuple[Leaf, ...] = ()
+
+    def release(self) -> None:
+        """Before an optimizer writes."""
+        for copy in self.copies:
+            copy.release()
+
+    def complete(self) -> None:
+        """Wait until every byte is in place."""
+        for copy in self.copies:
+            copy.wait()
+
+    def read(self, index: int, start: int, length: int) -> memoryview:
+        """Bytes [start, start + length) of array number `index`."""
+        if self.slot is not None:
+            offset = self.layout.offsets[index] + start
+            return self.slot.memory[offset : offset + length]
+        leaf = self.leaves[index]
+        return leaf.adapter.stream(leaf.value, start, length)
+
+
+def stage(
+    flat: FlatTree,
+    layout: Layout,
+    slot: Slot,
+    *,
+    step: int,
+    epoch: int,
+    metadata: dict[str, Any],
+    deferrable: Callable[[Leaf], bool],
+) -> Snapshot:
+    """Copy every array into `slot`. With CUDA the copy may still run when this returns: see `Snapshot.release`.
+
+    Arrays for which `deferrable` is true are written only by optimizers, so their copy may go on until one steps.
+    """
+    copies: list[Copy] = []
+    by_library: dict[str, list[int]] = {}
+    for index, leaf in enumerate(flat.leaves):
+        by_library.setdefault(leaf.adapter.library, []).append(index)
+    for indices in by_library.values():
+        buffers = [_buffer(layout, slot, index) for index in indices]
+        leaves = [flat.leaves[index] for index in indices]
+        adapter = leaves[0].adapter
+        copies.append(adapter.copy([leaf.value for leaf in leaves], buffers, [deferrable(leaf) for leaf in leaves]))
+    return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies)
+
+
+def stream(flat: FlatTree, layout: Layout, *, step: int, epoch: int, metadata: dict[str, Any]) -> Snapshot:
+    """No copy: valid only while the caller keeps the state unchanged."""
+    return Snapshot(flat.document, layout, step, epoch, metadata, None, leaves=flat.leaves)
+
+
+def _buffer(layout: Layout, slot: Slot, index: int) -> memoryview:
+    offset = layout.offsets[index]
+    return slot.memory[offset : offset + layout.specs[index].nbytes]

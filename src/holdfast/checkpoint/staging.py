@@ -1,0 +1,134 @@
+"""Memory for snapshots: shared, pre-faulted, kept out of forked children, and under a hard cap.
+
+A slot is one anonymous shared mapping (memfd). It is not inherited by forked loader workers (`MADV_DONTFORK`): a child that copied
+written staging pages would break the cap. Pages are faulted in before training starts, so that the first save does not pay for
+them, and a snapshot that would not fit is known before the loop runs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.core.errors import UsageError
+
+__all__ = ["Slot", "StagingBudget", "available_memory_bytes", "plan_slots"]
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python 3.11
+_DEFAULT_SHARE_OF_FREE = 0.4
+_DEFAULT_SNAPSHOTS = 2
+_UNLIMITED_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class StagingBudget:
+    """How much staging this process may use. `slots` snapshots of `slot_bytes` each; 0 slots means: stream without staging."""
+
+    slots: int
+    slot_bytes: int
+    cap_bytes: int
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process's cgroup (v2 or v1), or the machine where there is none, can still give.
+
+    Page cache counts as free, as the kernel reclaims it. Raises nothing: what cannot be read does not limit.
+    """
+    machine = _UNLIMITED_BYTES
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                machine = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return max(0, min(machine, _cgroup_free_bytes(root)))
+
+
+def _cgroup_free_bytes(root: Path) -> int:
+    free = _UNLIMITED_BYTES
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_name, usage_name, stat_name = root / "sys/fs/cgroup", "memory.max", "memory.current", "file"
+        elif "memory" in controllers.split(","):
+            base, limit_name, usage_name, stat_name = (
+                root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache",
+            )  # fmt: skip
+        else:
+            continue
+        # A limit may stand at any ancestor; inside a container the path may not exist below the mount, so the mount itself counts.
+        folder = base / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if not level.is_relative_to(base):
+                break
+            free = min(free, _level_free_bytes(level, limit_name, usage_name, stat_name))
+    return free
+
+
+def _level_free_bytes(level: Path, limit_name: str, usage_name: str, stat_name: str) -> int:
+    try:
+        limit = (level / limit_name).read_text().strip()
+        if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
+            return _UNLIMITED_BYTES
+        usage = int((level / usage_name).read_text())
+        stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+        reclaimable = max(0, int(stat.get(stat_name, 0)) - int(stat.get("shmem", 0)))
+        return max(0, int(limit) - usage + reclaimable)
+    except (OSError, ValueError):
+        return _UNLIMITED_BYTES
+
+
+def plan_slots(snapshot_bytes: int, *, cap_bytes: int | None, available_bytes: int, local_ranks: int) -> StagingBudget:
+    """How many snapshots are staged.
+
+    `cap_bytes` is the user's cap for the whole machine, shared by its `local_ranks`; None means two snapshots or 40 % of what is
+    available, whichever is less. Below one snapshot there is no staging.
+    """
+    if cap_bytes is not None and cap_bytes < 0:
+        raise UsageError(f"staging_cap must not be negative: {cap_bytes}")
+    slot_bytes = -(-max(1, snapshot_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if cap_bytes is None:
+        share = int(_DEFAULT_SHARE_OF_FREE * available_bytes) // local_ranks
+        cap = min(_DEFAULT_SNAPSHOTS * slot_bytes, share)
+    else:
+        cap = min(cap_bytes, available_bytes) // local_ranks
+    return StagingBudget(min(_DEFAULT_SNAPSHOTS, cap // slot_bytes), slot_bytes, cap)
+
+
+class Slot:
+    """Room for one snapshot. Ownership: whoever took it from the saver fills or reads it; nobody else touches it meanwhile."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._descriptor = os.memfd_create("holdfast-staging", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._descriptor, size_bytes)
+            self._mapping = mmap.mmap(self._descriptor, size_bytes, flags=mmap.MAP_SHARED)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        self.memory = memoryview(self._mapping)
+        self._fault_in()
+
+    def _fault_in(self) -> None:
+        try:
+            self._mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError:
+            for offset in range(0, self.size_bytes, mmap.PAGESIZE):
+                self._mapping[offset] = 0
+
+    def close(self) -> None:
+        """Unmap. Views that still exist (a cached plan) keep the mapping until they are gone."""
+        self.memory.release()
+        try:
+            self._mapping.close()
+        except BufferError:
+            pass
+        os.close(self._descriptor)

@@ -1,0 +1,190 @@
+"""torch tensors as arrays. The only module of this floor that imports torch.
+
+On the CPU a snapshot is a plain parallel copy: overlapping it with the next step costs as much as it saves. On CUDA the copy runs on
+a side stream into pinned staging while forward and backward go on. What only optimizers write (parameters, their state) is copied
+last, and every optimizer's pre-step hook calls `release`, which makes the computing stream wait for it; everything else (buffers,
+RNG, EMA) the computing stream waits for at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from holdfast.checkpoint.arrays import ArraySpec, Copy
+from holdfast.checkpoint.tree import register_codec
+from holdfast.core.errors import UnsupportedState
+
+__all__ = ["TorchAdapter"]
+
+_NAMES: dict[torch.dtype, str] = {
+    torch.bool: "bool",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+    torch.float8_e4m3fn: "f8_e4m3fn",
+    torch.float8_e4m3fnuz: "f8_e4m3fnuz",
+    torch.float8_e5m2: "f8_e5m2",
+    torch.float8_e5m2fnuz: "f8_e5m2fnuz",
+    torch.uint16: "u16",
+    torch.uint32: "u32",
+    torch.uint64: "u64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SMALL_BYTES = 1 << 20
+_side_streams: dict[int, torch.cuda.Stream] = {}
+_pinned: set[int] = set()
+_lock = threading.Lock()
+
+
+def _as_tensor(buffer: memoryview, like: torch.Tensor) -> torch.Tensor:
+    return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
+
+
+class _HostCopy:
+    """Finished before it was returned."""
+
+    def release(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+
+class _DeviceCopy:
+    """Copies on side streams, one event per device after which the bytes are in host memory."""
+
+    def __init__(self, events: dict[int, torch.cuda.Event]) -> None:
+        self._events = events
+        self._released = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            for device, event in self._events.items():
+                torch.cuda.current_stream(device).wait_event(event)
+
+    def wait(self) -> None:
+        for event in self._events.values():
+            event.synchronize()
+
+
+class TorchAdapter:
+    """Dense strided tensors on any device whose bytes can be copied to the host."""
+
+    library = "torch"
+
+    def recognises(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    def spec(self, name: str, value: torch.Tensor) -> ArraySpec:
+        dtype = _NAMES.get(value.dtype)
+        if dtype is None or value.layout is not torch.strided or value.is_quantized:
+            raise UnsupportedState(
+                f"{name}: a {value.layout} tensor of dtype {value.dtype} cannot be stored; track a dense tensor of a plain dtype"
+            )
+        if value.device.type == "meta":
+            raise UnsupportedState(f"{name}: the tensor is on the meta device and holds no data; materialise it first")
+        shape = tuple(value.shape)
+        return ArraySpec(name, dtype, shape, shape, (0,) * len(shape), self.library)
+
+    def identity(self, value: torch.Tensor) -> tuple[object, ...]:
+        if value.numel() == 0 or value.device.type == "meta":
+            return (self.library, id(value))
+        return (self.library, str(value.device), value.data_ptr(), value.shape, value.stride(), value.dtype)
+
+    @torch.no_grad()
+    def copy(self, values: Sequence[torch.Tensor], buffers: Sequence[memoryview], deferrable: Sequence[bool]) -> Copy:
+        triples = [
+            (value.detach(), _as_tensor(buffer, value), later)
+            for value, buffer, later in zip(values, buffers, deferrable, strict=True)
+            if value.numel()
+        ]
+        devices = sorted({value.device.index or 0 for value, _, _ in triples if value.device.type == "cuda"})
+        host = [(value, target) for value, target, _ in triples if value.device.type != "cuda"]
+        # One call for the many small ones: it saves the interpreter's overhead per tensor.
+        small = [(value, target) for value, target in host if value.nbytes < _SMALL_BYTES]
+        events = {device: self._copy_device(device, triples) for device in devices}
+        if small:
+            torch._foreach_copy_([target for _, target in small], [value for value, _ in small])
+        for value, target in host:
+            if value.nbytes >= _SMALL_BYTES:
+                target.copy_(value)
+        return _DeviceCopy(events) if events else _HostCopy()
+
+    def _copy_device(self, device: int, triples: Sequence[tuple[torch.Tensor, torch.Tensor, bool]]) -> torch.cuda.Event:
+        with _lock:
+            side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+        computing = torch.cuda.current_stream(device)
+        side.wait_stream(computing)
+        mine = [t for t in triples if t[0].device.type == "cuda" and (t[0].device.index or 0) == device]
+        with torch.cuda.stream(side):
+            for wanted_later in (False, True):
+                for value, target, later in mine:
+                    if later is wanted_later:
+                        target.copy_(value, non_blocking=True)
+                        value.record_stream(side)
+                if not wanted_later:
+                    computing.wait_event(side.record_event())
+            finished: torch.cuda.Event = side.record_event()
+            return finished
+
+    def stream(self, value: torch.Tensor, start_byte: int, length: int) -> memoryview:
+        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        return flat[start_byte : start_byte + length].cpu().numpy().data
+
+    def allocate(self, spec: ArraySpec) -> torch.Tensor:
+        return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+
+    def writable(self, value: torch.Tensor) -> memoryview | None:
+        if value.device.type != "cpu" or not value.is_contiguous() or value.numel() == 0:
+            return None
+        return value.detach().view(-1).view(torch.uint8).numpy().data
+
+    @torch.no_grad()
+    def assign(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+
+def pin(address: int, size_bytes: int) -> bool:
+    """Page-lock staging memory for CUDA, so that device copies run beside the computation. False where there is no CUDA."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    with _lock:
+        if address not in _pinned:
+            if int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)) != 0:
+                return False
+            _pinned.add(address)
+    return True
+
+
+def unpin(address: int) -> None:
+    """Undo `pin` before the memory is unmapped."""
+    with _lock:
+        if address in _pinned:
+            _pinned.discard(address)
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+register_codec(torch.Size, "torch.Size", list, torch.Size)
+register_codec(
+    torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), lambda name: _dtype_named(name)
+)
+register_codec(torch.device, "torch.device", str, torch.device)
+
+
+def _dtype_named(name: object) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedState(f"this torch has no dtype {name!r}")
+    return dtype

@@ -1,0 +1,64 @@
+"""The `holdfast` command: puts the commands together and turns errors into one line and an exit code.
+
+It must start fast, so nothing here or at the top of a command's module imports more than typer and `core`; what a command
+needs, its function imports. Typer's rich help is off: it doubled the time of `holdfast --help`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from holdfast.cli.run import run
+from holdfast.core.contract import EXIT_USAGE
+from holdfast.core.errors import HoldfastError, RunConflict, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="holdfast",
+    help="Train on spot capacity as if it never went away.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"holdfast {version('holdfast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# All commands, in the order of the help; a group of commands is added with `app.add_typer`.
+app.command(
+    "run",
+    options_metavar="[OPTIONS] --",
+    # From its first word on, the rest of the line is the user's command, options included.
+    context_settings={"allow_interspersed_args": False},
+    no_args_is_help=True,
+)(run)
+
+
+def main() -> NoReturn:
+    """The entry point. Exit codes: the command's own; 2 for a wrong argument or another run than expected; else 1."""
+    try:
+        app(prog_name="holdfast")
+    except HoldfastError as error:
+        sys.stderr.write(f"holdfast: {' '.join(str(error).split())}\n")
+        sys.exit(EXIT_USAGE if isinstance(error, (UsageError, RunConflict)) else 1)
+    sys.exit(0)

@@ -1,0 +1,69 @@
+"""Events become immutable segments under `events/`, one writer per process.
+
+`emit` only appends to a list, so nothing in the training loop waits for the network. Segments are closed when a checkpoint is about to
+be committed (so that everything logged up to a step is durable once that step is), and every few seconds in between.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+
+from holdfast.core.clock import Clock
+from holdfast.core.errors import HoldfastError
+from holdfast.core.events import Event
+from holdfast.store.base import Store
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """A sink that keeps events. Thread-safe. A store that fails costs no event: they stay in memory until the next flush."""
+
+    def __init__(self, store: Store, *, attempt: int, node: str, clock: Clock, flush_every_s: float = 15.0) -> None:
+        self._store, self._attempt, self._node, self._clock = store, attempt, node, clock
+        self._flush_every_s = flush_every_s
+        self._pending: list[Event] = []
+        self._segment = 0
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="holdfast-ledger", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            self._pending.append(event)
+
+    def flush(self) -> None:
+        """Make everything emitted so far durable. Raises what the store raises; nothing is lost then."""
+        with self._flushing:
+            with self._lock:
+                events, self._pending = self._pending, []
+            if not events:
+                return
+            body = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
+            try:
+                self._store.put(f"events/{self._attempt:06d}-{self._node}-{self._segment:08d}.jsonl", body)
+            except BaseException:
+                with self._lock:
+                    self._pending = events + self._pending
+                raise
+            self._segment += 1
+
+    def close(self) -> None:
+        """Flush what can be flushed and stop the thread."""
+        self._wake.set()
+        self._thread.join()
+        try:
+            self.flush()
+        except HoldfastError:
+            return
+
+    def _work(self) -> None:
+        while not self._wake.wait(self._flush_every_s):
+            try:
+                self.flush()
+            except HoldfastError:
+                continue

@@ -1,0 +1,150 @@
+"""The system calls under the local store: walking folders without following links, writing whole files durably, errors.
+
+Bytes flow from the caller's buffers through `write_all` into a file that has no name yet; `link_unnamed` gives it one.
+Every failure of the operating system becomes one of our errors in `translated`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, PermissionDenied, StoreFull, StoreUnavailable
+
+__all__ = [
+    "NotPlain",
+    "fsync_folder",
+    "link_unnamed",
+    "open_folder",
+    "open_plain_file",
+    "opened",
+    "read_exactly",
+    "translated",
+    "was_removed",
+    "write_all",
+]
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# O_NONBLOCK: opening a FIFO that somebody put in an object's place must not wait for a writer.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+class NotPlain(Exception):
+    """A link, a pipe or a device stands where a plain file or folder should be. Becomes IntegrityError."""
+
+
+@contextmanager
+def translated(doing: str, key: str, root: str, absent: type[HoldfastError] = NotFound) -> Iterator[None]:
+    """Turn what the operating system says into our errors; `absent` is what ENOENT means to the caller."""
+    where = f"{doing} {key!r} in {root}"
+    try:
+        yield
+    except NotPlain as error:
+        raise IntegrityError(f"{where}: {error}; holdfast follows no links and reads plain files only") from None
+    except OSError as error:
+        raise _as_ours(error, where, absent) from error
+
+
+def _as_ours(error: OSError, where: str, absent: type[HoldfastError]) -> HoldfastError:
+    said = f"{where}: {error.strerror or error}"
+    if error.errno in _FULL:
+        return StoreFull(f"{said}; free some space or raise the quota")
+    if error.errno in _DENIED:
+        return PermissionDenied(f"{said}; check the owner and the mode of the folder and its mount options")
+    if error.errno == errno.ENOENT:
+        return absent(said)
+    return StoreUnavailable(said)
+
+
+@contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    """Close the descriptor when the block is left."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_folder(name: str, parent: int | None = None) -> int:
+    """Open a folder. Below the root (with `parent`) a symbolic link is refused; the root itself is the user's choice.
+
+    Raises FileNotFoundError when the name is free or a plain file, NotPlain when anything else stands there.
+    """
+    if parent is None:
+        return os.open(name, _FOLDER_FLAGS)
+    try:
+        return os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        if stat.S_ISREG(os.lstat(name, dir_fd=parent).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "an object stands where a folder would be", name) from None
+        raise NotPlain(f"{name!r} is not a folder") from None
+
+
+def open_plain_file(name: str, folder: int) -> tuple[int, int]:
+    """Open a plain file for reading: its descriptor and its size in bytes. Never blocks, never follows a link."""
+    try:
+        descriptor = os.open(name, _FILE_FLAGS, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+            raise NotPlain(f"{name!r} is a link, a socket or a device") from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise NotPlain(f"{name!r} is not a plain file")
+    return descriptor, status.st_size
+
+
+def read_exactly(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Fill `buffer` from the file; the number of bytes read is smaller only where the file ends."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_all(descriptor: int, buffers: Sequence[memoryview]) -> None:
+    """Write every byte, whatever the kernel's limits on one call, then flush file and metadata to the disk."""
+    waiting = [buffer for buffer in reversed(buffers) if len(buffer)]
+    while waiting:
+        batch = waiting[-_IOV_MAX:][::-1]
+        count = os.writev(descriptor, batch)
+        while count:
+            first = waiting.pop()
+            if count < len(first):
+                waiting.append(first[count:])
+                break
+            count -= len(first)
+    os.fsync(descriptor)
+
+
+def fsync_folder(descriptor: int) -> None:
+    """Make the names in a folder durable. EINVAL: this file system cannot flush folders, and needs no flush."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def link_unnamed(descriptor: int, name: str, folder: int) -> None:
+    """Give a file opened with O_TMPFILE its name; FileExistsError when the name is taken."""
+    os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder, follow_symlinks=True)
+
+
+def was_removed(folder: int) -> bool:
+    """True when the opened folder has been removed meanwhile, so that nothing can be created in it any more."""
+    return os.fstat(folder).st_nlink == 0

@@ -1,0 +1,130 @@
+"""Opening a run: whose is the URL, what is there already, and may this process claim it?
+
+A run knows its identity: a digest of the tracked structure and the user's configuration. Where nobody named a URL, the default folder
+must not resume yesterday's other experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, RunRecord, digest, seal, unseal
+from holdfast.checkpoint.heads import Lineage, Truth, read_truth
+from holdfast.core.clock import Clock
+from holdfast.core.contract import ENV_ATTEMPT, ENV_FRESH, ENV_RUN
+from holdfast.core.errors import DifferentRun, IntegrityError, NotFound, RunRemoved, UsageError
+from holdfast.core.ids import TokenSource
+from holdfast.store.base import Store
+from holdfast.store.probe import probe_conditional_writes
+
+__all__ = ["Claim", "choose_url", "identity_digest", "open_run", "wants_fresh"]
+
+RUN_KEY = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that is open. `lineage` is None for a finished run, which is only read."""
+
+    record: RunRecord
+    head: Head | None
+    lineage: Lineage | None
+
+
+def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tuple[str, bool]:
+    """The run's URL, and whether it is only the default: the caller's, the launcher's, else `./runs/<script>`."""
+    if url is not None:
+        return url, False
+    if environ.get(ENV_RUN):
+        return environ[ENV_RUN], False
+    stem = Path(script).stem
+    if not stem or stem in ("-c", "-m", "ipykernel_launcher"):
+        raise UsageError("Run(): name the run's URL; there is no script to derive one from")
+    return f"./runs/{stem}", True
+
+
+def wants_fresh(fresh: bool, environ: Mapping[str, str]) -> bool:
+    """Whether this start begins a new generation. A restart by the agent never does: it would throw the first start's work away."""
+    if environ.get(ENV_FRESH) == "1":
+        return True
+    return fresh and int(environ.get(ENV_ATTEMPT, "1") or "1") <= 1
+
+
+def identity_digest(structure: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
+    """A digest of what is tracked and of the user's configuration."""
+    return digest(msgspec.json.encode([structure, config], order="deterministic", enc_hook=repr))
+
+
+def open_run(
+    store: Store,
+    *,
+    is_default_url: bool,
+    identity: str,
+    fresh: bool,
+    extend: bool,
+    clock: Clock,
+    tokens: TokenSource,
+    warn: Callable[[str], None],
+) -> Claim:
+    """Find out what is at the URL and claim it.
+
+    Raises DifferentRun, RunRemoved, StoreUnsafe, Fenced, and what the store raises. A finished run is returned without a claim
+    unless `extend` or `fresh` says to go on.
+    """
+    record, truth = _read_or_create(store, clock, tokens, warn)
+    for problem in truth.altered:
+        warn(f"a head does not verify and is passed over: {problem}")
+    head = truth.head
+    if head is not None and not fresh:
+        if head.removed:
+            raise RunRemoved(
+                f"{store.url}: this run has been removed. Start over here with fresh=True, or use another URL"
+            )
+        if is_default_url and head.checkpoints and head.identity != identity:
+            raise DifferentRun(
+                f"{store.url}: another experiment lives here (its tracked objects or its config differ from this script's). "
+                "Give this one a URL of its own: Run('./runs/NAME'), start over here with fresh=True or `holdfast run --fresh`, "
+                f"or name this URL explicitly to resume it all the same: Run({store.url!r})"
+            )
+        if head.finished and not extend:
+            return Claim(record, head, None)
+
+    def begin(body: Head) -> Head:
+        generation = body.generation + 1 if fresh and body.number else body.generation
+        return msgspec.structs.replace(body, identity=identity, generation=generation)
+
+    lineage = Lineage(store, record.run_id, clock=clock, tokens=tokens)
+    return Claim(record, lineage.claim(begin, revive=fresh), lineage)
+
+
+def _read_or_create(
+    store: Store, clock: Clock, tokens: TokenSource, warn: Callable[[str], None]
+) -> tuple[RunRecord, Truth]:
+    try:
+        record = _read_record(store)
+    except NotFound:
+        probe_conditional_writes(store, tokens())
+        mine = RunRecord(
+            format=FORMAT_VERSION,
+            run_id=tokens(),
+            created_unix_s=clock.unix_s(),
+            name=store.url.rstrip("/").rsplit("/", 1)[-1],
+        )
+        store.put_new(RUN_KEY, seal(mine))
+        record = _read_record(store)
+    except IntegrityError as error:
+        truth = read_truth(store)
+        if truth.head is None:
+            raise
+        warn(f"run.json does not verify ({error}); the run's identity is taken from its newest head")
+        return RunRecord(format=FORMAT_VERSION, run_id=truth.head.run_id, created_unix_s=0.0, name=""), truth
+    return record, read_truth(store, record.run_id)
+
+
+def _read_record(store: Store) -> RunRecord:
+    return unseal(store.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=f"{store.url}/{RUN_KEY}")

@@ -1,0 +1,107 @@
+"""Is a save due? The triggers that the user named, the automatic interval, and what saves have been measured to cost the loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+from holdfast.core.clock import Clock
+from holdfast.policy.interval import (
+    Auto,
+    AutoContext,
+    IntervalDecision,
+    LoopState,
+    LostShare,
+    LostTime,
+    PreemptionRate,
+    Trigger,
+    auto_interval,
+    due,
+    max_lost_work_s,
+)
+
+__all__ = ["CostMeter", "Pacing"]
+
+_FIRST_GUESS_S = 1.0
+"""What a save is taken to cost before one has been measured."""
+
+
+class CostMeter:
+    """What one save costs the loop: the stall, plus how much slower steps are while it is being written."""
+
+    def __init__(self) -> None:
+        self._stalls_s: deque[float] = deque(maxlen=9)
+        self._quiet_s, self._quiet_steps = 0.0, 0
+        self._busy_s, self._busy_steps, self._saves = 0.0, 0, 0
+
+    def stepped(self, seconds: float, busy: bool) -> None:
+        if busy:
+            self._busy_s += seconds
+            self._busy_steps += 1
+        else:
+            self._quiet_s += seconds
+            self._quiet_steps += 1
+
+    def saved(self, stall_s: float) -> None:
+        self._stalls_s.append(stall_s)
+        self._saves += 1
+
+    @property
+    def cost_s(self) -> float:
+        if not self._stalls_s:
+            return _FIRST_GUESS_S
+        slowdown_s = 0.0
+        if self._busy_steps and self._quiet_steps:
+            slowdown_s = self._busy_s - self._busy_steps * self._quiet_s / self._quiet_steps
+        return max(1e-6, median(self._stalls_s) + max(0.0, slowdown_s) / self._saves)
+
+
+class Pacing:
+    """Decides at step boundaries. Owned by the loop's thread."""
+
+    def __init__(
+        self, triggers: Sequence[Trigger], bound: LostTime | LostShare, rate: PreemptionRate, clock: Clock
+    ) -> None:
+        self._triggers, self._bound, self._rate, self._clock = tuple(triggers), bound, rate, clock
+        self._is_auto = any(isinstance(trigger, Auto) for trigger in triggers)
+        self.meter = CostMeter()
+        self._saved_step = 0
+        self._saved_s = self._boundary_s = self._started_s = clock.monotonic_s()
+        self.decision = IntervalDecision(float("inf"), ())
+
+    def begin(self, step: int) -> None:
+        """The loop starts (again) at `step`, whose state is already saved or is the initial one."""
+        self._saved_step = step
+        self._saved_s = self._boundary_s = self._started_s = self._clock.monotonic_s()
+        self.decide(0.0, None)
+
+    def decide(self, commit_s: float, expected_runtime_s: float | None) -> None:
+        """Choose the automatic interval anew from what has been measured."""
+        if self._is_auto:
+            bound_s = max_lost_work_s(self._bound, expected_runtime_s)
+            self.decision = auto_interval(
+                AutoContext(save_cost_s=self.meter.cost_s, commit_s=commit_s, rate=self._rate, max_lost_work_s=bound_s)
+            )
+
+    def boundary(self, step: int, *, epoch_ended: bool, busy: bool) -> str | None:
+        """Called at every boundary: why a save is due, or None."""
+        now_s = self._clock.monotonic_s()
+        if not epoch_ended:
+            self.meter.stepped(now_s - self._boundary_s, busy)
+        self._boundary_s = now_s
+        state = LoopState(step, step - self._saved_step, now_s - self._saved_s, epoch_ended)
+        return due(self._triggers, state, self.decision.interval_s)
+
+    def unsaved_steps(self, step: int) -> int:
+        return step - self._saved_step
+
+    def saved(self, step: int, stall_s: float) -> None:
+        """A snapshot of `step` was taken."""
+        self._saved_step = step
+        self._saved_s = self._boundary_s = self._clock.monotonic_s()
+        self.meter.saved(stall_s)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock.monotonic_s() - self._started_s

@@ -1,0 +1,260 @@
+"""From a verified checkpoint into the tracked objects: all of them, from one checkpoint, or none.
+
+Everything that can be compared without reading tensor data is compared first, for every object, so that one error lists all that does
+not fit. Then the bytes go straight into the tensors (those of modules and arrays into their own memory), each block verified, and
+`load_state_dict` is called so that its hooks run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.arrays import ArraySpec, adapter_for, adapter_named
+from holdfast.checkpoint.format import ArrayEntry
+from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.tree import decode_document, unflatten
+from holdfast.core.errors import FormatError, TrackedStateMismatch
+from holdfast.train.tracked import Tracked, Tracker
+
+__all__ = ["Loaded", "load_checkpoint", "read_tree"]
+
+_SHOWN_DIFFERENCES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What came out of a checkpoint beside the tracked objects: holdfast's own state, and what was left out under `strict=False`."""
+
+    own: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Destination:
+    """Memory that one array of the checkpoint is read into, and where it goes from there (None: it is already there)."""
+
+    entry: ArrayEntry
+    array: Any
+    is_live: bool = False
+    assign_to: list[Any] = field(default_factory=list)
+
+
+def read_tree(reader: CheckpointReader, pool: ThreadPoolExecutor, document: Any) -> Any:
+    """The tree behind a (part of a) decoded document, its arrays read into fresh memory and verified."""
+    made: dict[str, Any] = {}
+
+    def array(name: str) -> Any:
+        if name not in made:
+            made[name] = adapter_named(_entry(reader, name).library).allocate(_entry(reader, name).spec())
+        return made[name]
+
+    tree = unflatten(document, array)
+    reader.read([(_entry(reader, name), _memory(value)) for name, value in made.items() if _has_bytes(value)], pool)
+    return tree
+
+
+def load_checkpoint(
+    reader: CheckpointReader,
+    tracker: Tracker,
+    pool: ThreadPoolExecutor,
+    *,
+    strict: bool,
+    progress: Callable[[int], None] | None = None,
+) -> Loaded:
+    """Make every tracked object equal to the checkpoint.
+
+    Raises TrackedStateMismatch (before anything has changed) listing every difference; with `strict=False` what fits is loaded
+    and the rest is returned in `skipped`. Raises IntegrityError when bytes do not verify: the objects then hold undefined
+    values, and the caller goes on to another checkpoint or gives up.
+    """
+    document = decode_document(reader.part.document)
+    if not isinstance(document, dict) or not isinstance(document.get("tracked"), dict):
+        raise FormatError("the checkpoint's state document does not hold tracked objects")
+    saved: dict[str, Any] = document["tracked"]
+    differences = _missing(saved, tracker)
+    plan: list[tuple[Tracked, Any]] = []
+    destinations: dict[str, _Destination] = {}
+    for name, tracked in tracker:
+        if name in saved:
+            tree = _plan_object(reader, tracked, name, saved[name], destinations, differences)
+            plan.append((tracked, tree))
+    if strict and differences:
+        raise _mismatch(reader, differences)
+    wanted = [(item.entry, _memory(item.array)) for item in destinations.values() if _has_bytes(item.array)]
+    reader.read(wanted, pool, progress)
+    for item in destinations.values():
+        for target in item.assign_to:
+            adapter = adapter_for(target)
+            if adapter is not None:
+                adapter.assign(target, item.array)
+    for tracked, tree in plan:
+        tracked.load(tree)
+    return Loaded(read_tree(reader, pool, document.get("holdfast")), tuple(differences))
+
+
+def _missing(saved: dict[str, Any], tracker: Tracker) -> list[str]:
+    names = tracker.names()
+    lost = [f"{name}: is in the checkpoint, but the script no longer tracks it" for name in saved if name not in names]
+    new = [f"{name}: is tracked, but not in the checkpoint" for name in names if name not in saved]
+    return lost + new
+
+
+def _plan_object(
+    reader: CheckpointReader,
+    tracked: Tracked,
+    name: str,
+    node: Any,
+    destinations: dict[str, _Destination],
+    differences: list[str],
+) -> Any:
+    """The tree to hand to `tracked.load`, with arrays that are still to be filled. Differences are appended."""
+    current = tracked.state()
+    own = dict(_arrays(current, ()))
+    fixed = isinstance(tracked.subject, torch.nn.Module) or adapter_for(tracked.subject) is not None
+    if fixed and isinstance(node, dict) and isinstance(current, dict) and "$" not in node:
+        node = _fit_module(reader, name, node, current, differences)
+
+    def array(array_name: str) -> Any:
+        entry = _entry(reader, array_name)
+        known = destinations.get(array_name)
+        if known is not None and not known.is_live:
+            return known.array
+        made = adapter_named(entry.library).allocate(entry.spec())
+        if known is None:
+            destinations[array_name] = _Destination(entry, made)
+        else:
+            # The bytes are also some module's own memory, which this object must not come to share.
+            known.assign_to.append(made)
+        return made
+
+    tree = _Placing(reader, own if fixed else {}, destinations, array).build(node)
+    if fixed and not isinstance(tracked.subject, torch.nn.Module):
+        _compare(reader, name, node, tracked.subject, differences)
+    if isinstance(tracked.subject, torch.optim.Optimizer):
+        _compare_groups(name, tree, tracked.subject, differences)
+    return tree
+
+
+def _compare_groups(name: str, tree: Any, optimizer: torch.optim.Optimizer, differences: list[str]) -> None:
+    saved = [len(group["params"]) for group in tree["param_groups"]]
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != here:
+        differences.append(f"{name}: parameter groups of {saved} tensors in the checkpoint, {here} here")
+
+
+class _Placing:
+    """Builds an object's tree; arrays that the object already has memory for are read into it."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        own: dict[tuple[Any, ...], Any],
+        destinations: dict[str, _Destination],
+        fresh: Callable[[str], Any],
+    ) -> None:
+        self._reader, self._own, self._destinations, self._fresh = reader, own, destinations, fresh
+
+    def build(self, node: Any) -> Any:
+        if isinstance(node, dict) and "$" not in node:
+            return {key: self._place((key,), item) for key, item in node.items()}
+        return self._place((), node)
+
+    def _place(self, path: tuple[Any, ...], node: Any) -> Any:
+        if not (isinstance(node, dict) and node.get("$") == "array"):
+            return unflatten(node, self._fresh)
+        name, target = node["name"], self._own.get(path)
+        adapter = adapter_for(target)
+        if target is None or adapter is None:
+            return self._fresh(name)
+        entry = _entry(self._reader, name)
+        known = self._destinations.get(name)
+        if known is not None:
+            # Tied here or there: the same bytes may have to reach several tensors.
+            if adapter.identity(known.array) != adapter.identity(target):
+                known.assign_to.append(target)
+        elif adapter.writable(target) is not None:
+            self._destinations[name] = _Destination(entry, target, is_live=True)
+        else:
+            made = adapter_named(entry.library).allocate(entry.spec())
+            self._destinations[name] = _Destination(entry, made, assign_to=[target])
+        return target
+
+
+def _fit_module(
+    reader: CheckpointReader, name: str, node: dict[str, Any], current: dict[str, Any], differences: list[str]
+) -> dict[str, Any]:
+    """Compare a module's saved entries with its own; what does not fit is reported and left out."""
+    fitting = {}
+    for key, item in node.items():
+        if key not in current:
+            differences.append(f"{name}.{key}: is in the checkpoint, but the module does not have it")
+        elif not _compare(reader, f"{name}.{key}", item, current[key], differences):
+            continue
+        else:
+            fitting[key] = item
+    differences.extend(f"{name}.{key}: the module has it, but not the checkpoint" for key in current if key not in node)
+    return fitting
+
+
+def _compare(reader: CheckpointReader, label: str, item: Any, value: Any, differences: list[str]) -> bool:
+    adapter = adapter_for(value)
+    is_array = isinstance(item, dict) and item.get("$") == "array"
+    if adapter is None or not is_array:
+        if (adapter is None) != (not is_array):
+            differences.append(f"{label}: is an array on one side and a plain value on the other")
+            return False
+        return True
+    saved, here = _entry(reader, item["name"]).spec(), adapter.spec(label, value)
+    if (saved.global_shape, saved.dtype) == (here.global_shape, here.dtype):
+        return True
+    differences.append(f"{label}: {_shape(saved)} in the checkpoint, {_shape(here)} here")
+    return False
+
+
+def _shape(spec: ArraySpec) -> str:
+    return f"{spec.dtype}[{', '.join(map(str, spec.global_shape))}]"
+
+
+def _mismatch(reader: CheckpointReader, differences: list[str]) -> TrackedStateMismatch:
+    shown = differences[:_SHOWN_DIFFERENCES]
+    more = len(differences) - len(shown)
+    lines = "\n".join(f"  {line}" for line in shown) + (f"\n  … and {more} more" if more else "")
+    return TrackedStateMismatch(
+        f"the checkpoint of step {reader.ref.step} does not fit the tracked objects:\n{lines}\n"
+        "Nothing has been loaded. Track what the checkpoint holds, use another URL or fresh=True for another experiment, "
+        "or pass strict=False to load what fits",
+        differences,
+    )
+
+
+def _entry(reader: CheckpointReader, name: str) -> ArrayEntry:
+    entry = reader.entries.get(name)
+    if entry is None:
+        raise FormatError(f"the checkpoint's document names the array {name!r}, which its index does not hold")
+    return entry
+
+
+def _arrays(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if adapter_for(value) is not None:
+        yield path, value
+    elif isinstance(value, dict) and not path:
+        for key, item in value.items():
+            yield from _arrays(item, (*path, key))
+
+
+def _has_bytes(value: Any) -> bool:
+    adapter = adapter_for(value)
+    return adapter is not None and adapter.spec("", value).nbytes > 0
+
+
+def _memory(value: Any) -> memoryview:
+    adapter = adapter_for(value)
+    memory = adapter.writable(value) if adapter is not None else None
+    if memory is None:
+        raise FormatError("no memory to read an array into")
+    return memory
