@@ -204,8 +204,8 @@ def start() -> Iterator[Start]:
 
     yield start_agent
     for agent in agents:
-        agent.kill()
-        agent.communicate()
+        with agent:  # closes the pipes and reaps
+            agent.kill()
 
 
 def read_line(agent: subprocess.Popen[str]) -> str:
@@ -225,35 +225,44 @@ def ready_pid(agent: subprocess.Popen[str]) -> int:
 
 
 def finished(agent: subprocess.Popen[str]) -> tuple[int, str, str]:
-    stdout, stderr = agent.communicate(timeout=10)
+    stdout, stderr = agent.communicate(timeout=60)
     return agent.returncode, stdout, stderr
 
 
-def test_sigterm_is_passed_to_the_main_process_alone_and_its_exit_code_is_kept(start: Start) -> None:
-    """The worker is in the same group; it would say so if it were told, while the main process still 'saves'."""
-    worker = (
-        "import signal,time; signal.signal(15, lambda *_: print('worker told', flush=True)); print(1, flush=True)\n"
-        + PAUSE
-    )
-    agent = start(
-        f"""
-import subprocess
-worker = subprocess.Popen([sys.executable, "-c", {worker!r}], stdout=subprocess.PIPE)
+WORKER = """
+import signal, sys
+signal.signal(15, lambda *_: print('told', flush=True))
+print('ready', flush=True)
+for line in sys.stdin: print('alive', flush=True)
+"""
+TRAINER_WITH_A_WORKER = (
+    f"""
+import os, signal, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 worker.stdout.readline()
 def save(*_):
-    os.kill(worker.pid, 9)
-    print("worker said", worker.stdout.read(), "and the state is saved", flush=True)
+    # Many exchanges, so that a signal on its way to the worker would have arrived.
+    for _ in range(3000):
+        worker.stdin.write(b"still there?\\n")
+        answer = worker.stdout.readline()
+        if answer != b"alive\\n": break
+    print("saved; the worker said", answer, flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 """
-        + READY
-        + PAUSE
-    )
+    + READY
+    + PAUSE
+)
+"""Its worker is in the same process group, and would say so if it were told to stop while the trainer still saves."""
+
+
+def test_sigterm_is_passed_to_the_main_process_alone_and_its_exit_code_is_kept(start: Start) -> None:
+    agent = start(TRAINER_WITH_A_WORKER)
     ready_pid(agent)
     agent.send_signal(signal.SIGTERM)
     exit_code, stdout, stderr = finished(agent)
     assert exit_code == 75
-    assert stdout == "worker said b'' and the state is saved\n"
+    assert stdout == "saved; the worker said b'alive\\n'\n"
     assert "the agent was told to stop; leaving with exit code 75" in stderr
 
 
@@ -265,14 +274,13 @@ def test_a_command_that_ignores_sigterm_is_killed_with_its_group_after_the_grace
     assert not members_of(group)
 
 
-def test_a_trainer_whose_shell_died_of_sigterm_can_still_save(start: Start, tmp_path: Path) -> None:
+def test_a_trainer_whose_shell_died_of_sigterm_can_still_save_with_its_workers_alive(start: Start) -> None:
     """The main process is a stand-in for a shell without `exec`: it dies of SIGTERM at once, its child needs to be told."""
-    trainer = "import os,signal,sys\nsignal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
-    agent = start(f"import subprocess; subprocess.run([sys.executable, '-c', {trainer + READY + PAUSE!r}])")
+    agent = start(f"import subprocess; subprocess.run([sys.executable, '-c', {TRAINER_WITH_A_WORKER!r}])")
     ready_pid(agent)
     agent.send_signal(signal.SIGTERM)
     exit_code, stdout, _ = finished(agent)
-    assert (exit_code, stdout) == (143, "saved\n")
+    assert (exit_code, stdout) == (143, "saved; the worker said b'alive\\n'\n")
 
 
 def test_a_second_ctrl_c_kills_at_once(start: Start) -> None:
@@ -308,10 +316,14 @@ def test_a_closed_terminal_means_sigterm_and_a_wait_between_attempts_ends_at_onc
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a command of its parent's death on Linux only")
 def test_a_killed_agent_does_not_leave_its_command_running(start: Start) -> None:
     agent = start("signal.signal(15, lambda *_: (print('told', flush=True), sys.exit()))\n" + READY + PAUSE)
-    ready_pid(agent)
+    pid = ready_pid(agent)
     agent.kill()
-    # The command holds the other end of this pipe: the end of the output is the end of the command.
-    assert agent.communicate(timeout=10)[0] == "told\n"
+    try:
+        # The command holds the other end of this pipe: the end of the output is the end of the command.
+        assert agent.communicate(timeout=60)[0] == "told\n"
+    except subprocess.TimeoutExpired:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("the command outlived its agent")
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_command_once_and_it_can_read_from_the_terminal(start: Start) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 
 def holdfast(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "holdfast", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "holdfast", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_command_keeps_its_options_its_output_and_its_exit_code() -> None:
@@ -64,7 +66,11 @@ def test_help_and_version_start_without_what_they_do_not_need() -> None:
     assert holdfast("run").returncode == 2
     assert holdfast("--version").stdout.startswith("holdfast ")
     loaded = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "holdfast", "--help"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-X", "importtime", "-m", "holdfast", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert loaded.returncode == 0
     names = {line.rpartition("|")[2].strip() for line in loaded.stderr.splitlines()}

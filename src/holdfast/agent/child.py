@@ -121,7 +121,7 @@ class Child:
 
     def send(self, number: int) -> None:
         """Send a signal to the main process only."""
-        os.killpg(self.pid, number)
+        os.kill(self.pid, number)
 
     def kill_group(self) -> None:
         """SIGKILL the main process and everything that stayed in its group."""

@@ -24,6 +24,7 @@ from holdfast.core.contract import (
     ENV_ATTEMPT,
     ENV_CONTROL,
     ENV_FRESH,
+    ENV_PREVIOUS_STEP,
     ENV_RUN,
     EXIT_INTERRUPTED,
     Progress,
@@ -115,7 +116,8 @@ class _Agent:
         self._say = say
         self._rng = rng
         self._attempt = 0
-        self._has_claimed = False
+        self._reached_step: int | None = None
+        """The last step that the newest attempt which claimed the run has completed; None until one has claimed it."""
         self._committed_step: int | None = None
         """The step that the next attempt can start from, as far as this agent has seen."""
 
@@ -162,7 +164,8 @@ class _Agent:
         environment = self._environment | {ENV_ATTEMPT: str(self._attempt)}
         if self._options.url is not None:
             environment[ENV_RUN] = self._options.url
-        if self._has_claimed:
+        if self._reached_step is not None:
+            environment[ENV_PREVIOUS_STEP] = str(self._reached_step)
             environment.pop(ENV_FRESH, None)
         elif self._options.fresh:
             environment[ENV_FRESH] = "1"
@@ -183,7 +186,7 @@ class _Agent:
         """
         if progress is None:
             return None
-        self._has_claimed = True
+        self._reached_step = progress.step
         known = [step for step in (self._committed_step, progress.restored_step) if step is not None and step >= 0]
         made = progress.committed_step > min(known, default=0)
         newest = max(progress.restored_step, progress.committed_step)

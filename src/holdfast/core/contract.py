@@ -37,10 +37,11 @@ ENV_ATTEMPT = "HOLDFAST_ATTEMPT"
 ENV_CONTROL = "HOLDFAST_CONTROL"
 """A folder on the machine that agent and trainer share; holds the progress page."""
 ENV_FRESH = "HOLDFAST_FRESH"
-"""`1` on the first start only: begin a new generation instead of resuming."""
+"""`1` until an attempt has claimed the run, never after: begin a new generation instead of resuming."""
 
 ENV_PREVIOUS_STEP = "HOLDFAST_PREVIOUS_STEP"
-"""The last step that the attempt before is known to have completed, read from its progress page after it died."""
+"""Set by the agent once an attempt has claimed the run: the last step that the newest such attempt is known to have completed
+(-1 if none), read from its progress page after it ended. So a start with this variable is never fresh."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2

@@ -16,7 +16,7 @@ import msgspec
 from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, RunRecord, digest, seal, unseal
 from holdfast.checkpoint.heads import Lineage, Truth, read_truth
 from holdfast.core.clock import Clock
-from holdfast.core.contract import ENV_ATTEMPT, ENV_FRESH, ENV_RUN
+from holdfast.core.contract import ENV_FRESH, ENV_PREVIOUS_STEP, ENV_RUN
 from holdfast.core.errors import DifferentRun, IntegrityError, NotFound, RunRemoved, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
@@ -49,10 +49,13 @@ def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tupl
 
 
 def wants_fresh(fresh: bool, environ: Mapping[str, str]) -> bool:
-    """Whether this start begins a new generation. A restart by the agent never does: it would throw the first start's work away."""
-    if environ.get(ENV_FRESH) == "1":
-        return True
-    return fresh and int(environ.get(ENV_ATTEMPT, "1") or "1") <= 1
+    """Whether this start begins a new generation.
+
+    A restart never does, by the agent or (within the agent's first start) by torchrun: it would throw the first start's work away.
+    """
+    if ENV_PREVIOUS_STEP in environ or environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return False
+    return fresh or environ.get(ENV_FRESH) == "1"
 
 
 def identity_digest(structure: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:

@@ -237,5 +237,7 @@ def _end_with(main_pid: int) -> None:
         os._exit(1)
     except OSError:
         return  # a kernel or sandbox without pidfd: torch's own watch remains
-    select.select([main], [], [])
+    ended = select.poll()  # not select(): it refuses descriptors above 1023
+    ended.register(main, select.POLLIN)
+    ended.poll()
     os._exit(1)
