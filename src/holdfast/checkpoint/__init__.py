@@ -11,6 +11,10 @@ The way of the data, one file per station:
     saver.py     the background thread that turns the newest snapshot into a checkpoint
     read.py      restore: verified, straight into memory, falling back when bytes do not verify
     retain.py    which checkpoints stay, what is condemned, what is swept
-    runs.py      what people do to a run from outside: verify, roll back, fork, remove
+    inspect.py   a run seen from outside: its checkpoints, what they hold and cost
+    verify.py    every byte of checkpoints read and checked
+    rollback.py  back to an older checkpoint; dropping single ones
+    fork.py      a new run that begins with another one's checkpoint, by reference or by copy
+    remove.py    a run taken away, so that it stays away
     format.py    the bytes of roots, parts, heads and pins
 """

@@ -11,14 +11,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from holdfast.core.errors import UnsupportedState
 
-__all__ = ["DTYPE_BYTES", "ArrayAdapter", "ArraySpec", "Copy", "NumpyAdapter", "adapter_for", "adapter_named"]
+__all__ = [
+    "DTYPE_BYTES",
+    "ArrayAdapter",
+    "ArraySpec",
+    "Copy",
+    "NumpyAdapter",
+    "adapter_for",
+    "adapter_named",
+    "elements",
+]
 
 DTYPE_BYTES: dict[str, int] = {
     "bool": 1,
@@ -44,9 +52,8 @@ DTYPE_BYTES: dict[str, int] = {
 """Bytes per element of every dtype that the format knows. All are little-endian."""
 
 
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """One array, or one rank's part of it.
+class ArraySpec(NamedTuple):
+    """One array, or one rank's part of it. A tuple, because every save makes and compares one for each array.
 
     `shape` is what is held here; it starts at `offsets` in the tensor of `global_shape`. Unsharded: offsets are all zero and both
     shapes are equal. Bytes are in C order.
@@ -91,8 +98,12 @@ class ArrayAdapter(Protocol):
         """Equal for two values that are the same memory seen the same way (tied weights), which are then stored once."""
         ...
 
-    def copy(self, values: Sequence[Any], buffers: Sequence[memoryview], deferrable: Sequence[bool]) -> Copy:
-        """Copy each value's bytes, in C order, into its buffer. Where `deferrable`, the copy may go on until an optimizer steps."""
+    def view(self, spec: ArraySpec, buffer: memoryview) -> Any:
+        """The buffer's bytes (aligned, as many as `spec` says) as an array of this library, without a copy."""
+        ...
+
+    def copy(self, values: Sequence[Any], targets: Sequence[Any], deferrable: Sequence[bool]) -> Copy:
+        """Copy each value into its target (made by `view`). Where `deferrable`, the copy may go on until an optimizer steps."""
         ...
 
     def stream(self, value: Any, start_byte: int, length: int) -> memoryview:
@@ -153,26 +164,43 @@ class NumpyAdapter:
         dtype = _NUMPY_NAMES.get(value.dtype)
         if dtype is None or not value.dtype.isnative:
             raise UnsupportedState(
-                f"{name}: numpy arrays of dtype {value.dtype!s} cannot be stored; convert it to a plain number type first"
+                f"{name or 'the state'}: numpy values of dtype {value.dtype!s} cannot be stored; "
+                "convert it to a plain number type first"
             )
         return ArraySpec(name, dtype, value.shape, value.shape, (0,) * value.ndim, self.library)
 
     def identity(self, value: np.ndarray[Any, Any]) -> tuple[object, ...]:
         return (self.library, value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
 
+    def view(self, spec: ArraySpec, buffer: memoryview) -> np.ndarray[Any, Any]:
+        return (
+            np.frombuffer(buffer, dtype=self._dtype(spec)).reshape(spec.shape) if spec.nbytes else self.allocate(spec)
+        )
+
     def copy(
-        self, values: Sequence[np.ndarray[Any, Any]], buffers: Sequence[memoryview], deferrable: Sequence[bool]
+        self,
+        values: Sequence[np.ndarray[Any, Any]],
+        targets: Sequence[np.ndarray[Any, Any]],
+        deferrable: Sequence[bool],
     ) -> Copy:
-        for value, buffer in zip(values, buffers, strict=True):
-            np.copyto(np.frombuffer(buffer, dtype=value.dtype).reshape(value.shape), value)
+        for value, target in zip(values, targets, strict=True):
+            np.copyto(target, value)
         return _Done()
 
     def stream(self, value: np.ndarray[Any, Any], start_byte: int, length: int) -> memoryview:
-        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        return flat[start_byte : start_byte + length].data
+        start, stop = start_byte // value.itemsize, (start_byte + length) // value.itemsize
+        return np.ascontiguousarray(elements(value, start, stop)).view(np.uint8).data
 
     def allocate(self, spec: ArraySpec) -> np.ndarray[Any, Any]:
-        return np.empty(spec.shape, dtype=_NUMPY_TYPES[spec.dtype])
+        return np.empty(spec.shape, dtype=self._dtype(spec))
+
+    def _dtype(self, spec: ArraySpec) -> np.dtype[Any]:
+        dtype = _NUMPY_TYPES.get(spec.dtype)
+        if dtype is None:
+            raise UnsupportedState(
+                f"{spec.name or 'the state'}: {spec.dtype} is not a numpy dtype; install torch to read it"
+            )
+        return dtype
 
     def writable(self, value: np.ndarray[Any, Any]) -> memoryview | None:
         if not (value.flags.c_contiguous and value.flags.writeable) or value.size == 0:
@@ -183,23 +211,39 @@ class NumpyAdapter:
         np.copyto(target, source)
 
 
+def elements(array: Any, start: int, stop: int) -> Any:
+    """Elements [start, stop) of an array of any strides in C order, one-dimensional, copying little more than those."""
+    while array.ndim > 1:
+        row = math.prod(array.shape[1:])
+        first, last = start // row, -(-stop // row)
+        array, start, stop = array[first:last], start - first * row, stop - first * row
+        if last - first > 1:
+            break
+        array = array[0]
+    return array.reshape(-1)[start:stop]
+
+
 _NUMPY = NumpyAdapter()
+_torch: ArrayAdapter | None = None
 
 
 def _torch_adapter() -> ArrayAdapter:
-    from holdfast.checkpoint.torch_arrays import TorchAdapter
+    global _torch
+    if _torch is None:
+        from holdfast.checkpoint.torch_arrays import TorchAdapter
 
-    return TorchAdapter()
+        _torch = TorchAdapter()
+    return _torch
 
 
 def adapter_for(value: object) -> ArrayAdapter | None:
     """The adapter that stores `value` as an array, or None when it is no array."""
     if _NUMPY.recognises(value):
         return _NUMPY
-    if "torch" in sys.modules:
-        torch_adapter = _torch_adapter()
-        if torch_adapter.recognises(value):
-            return torch_adapter
+    if _torch is not None or "torch" in sys.modules:
+        adapter = _torch or _torch_adapter()
+        if adapter.recognises(value):
+            return adapter
     return None
 
 

@@ -15,7 +15,7 @@ import msgspec
 from blake3 import blake3
 
 from holdfast.checkpoint.arrays import DTYPE_BYTES, ArraySpec
-from holdfast.core.errors import FormatError, IntegrityError, UsageError
+from holdfast.core.errors import FormatError, IntegrityError, RunConflict, UsageError
 from holdfast.store.base import check_key
 
 __all__ = [
@@ -59,6 +59,13 @@ _PART_MAGIC = b"HOLDFAST-PART-1\n"
 _SEAL_HEAD = b'{"blake3":"'
 _SEAL_BODY = b'","body":'
 _MAX_DIMENSIONS = 64
+_MAX_ARRAY_BYTES = 1 << 62
+
+
+class _AnyRecord(msgspec.Struct, frozen=True):
+    """What every record of every version begins with."""
+
+    format: int
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +149,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any]
 
 
-class ObjectRef(msgspec.Struct, frozen=True, array_like=True):
+class ObjectRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A data object: `home` indexes Part.homes (0 is the run itself)."""
 
     home: int
@@ -150,7 +157,7 @@ class ObjectRef(msgspec.Struct, frozen=True, array_like=True):
     size_bytes: int
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Consecutive bytes of an array: `length` bytes at `offset` of object number `object`; one hash per block of them."""
 
     object: int
@@ -159,7 +166,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     hashes: bytes
 
 
-class ArrayEntry(msgspec.Struct, frozen=True, array_like=True):
+class ArrayEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One array (or this rank's part of it) and where its bytes are, in order."""
 
     name: str
@@ -198,15 +205,23 @@ def head_key(number: int) -> str:
 
 
 def seal(record: msgspec.Struct) -> bytes:
-    """A record as sealed JSON."""
-    body = msgspec.json.encode(record)
+    """A record as sealed JSON. Raises UsageError when it holds what JSON cannot, or is too large to be read back."""
+    try:
+        body = msgspec.json.encode(record)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"a {type(record).__name__} record cannot be written: {error}") from error
+    if len(body) > MAX_RECORD_BYTES - 256:
+        raise UsageError(
+            f"a {type(record).__name__} record of {len(body)} bytes is too large; make its metadata smaller"
+        )
     return _SEAL_HEAD + digest(body).encode("ascii") + _SEAL_BODY + body + b"}\n"
 
 
 def unseal(data: bytes, kind: type[Record], *, what: str) -> Record:
     """Check the seal and the format version, then decode. `what` names the object in messages.
 
-    Raises IntegrityError when the hash does not match and FormatError when the content is not a `kind`.
+    Raises IntegrityError when the hash does not match, FormatError when the content is not a `kind`, and RunConflict when a newer
+    holdfast has written it: that is no damage, and nothing older may be taken for the truth instead.
     """
     start = len(_SEAL_HEAD)
     hexadecimal, separator = data[start : start + 64], data[start + 64 : start + 64 + len(_SEAL_BODY)]
@@ -216,16 +231,27 @@ def unseal(data: bytes, kind: type[Record], *, what: str) -> Record:
     if digest(body).encode("ascii") != hexadecimal:
         raise IntegrityError(f"{what}: the bytes do not match their hash; the object has been altered or torn")
     try:
+        version = msgspec.json.decode(body, type=_AnyRecord).format
+        if version > FORMAT_VERSION:
+            raise RunConflict(
+                f"{what}: written by a newer holdfast, in format {version}; this one reads format {FORMAT_VERSION}. Update holdfast"
+            )
         record = msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"{what}: not a valid record: {error}") from error
-    if record.format != FORMAT_VERSION:
-        raise FormatError(f"{what}: written in format {record.format}; this holdfast reads format {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise FormatError(f"{what}: format {version} does not exist")
     return record
 
 
 def encode_part(part: Part) -> bytes:
-    return _PART_MAGIC + msgspec.msgpack.encode(part)
+    """A part as bytes. Raises UsageError when it is too large to be read back."""
+    data = _PART_MAGIC + msgspec.msgpack.encode(part)
+    if len(data) > MAX_PART_BYTES:
+        raise UsageError(
+            f"the state's index has {len(data)} bytes, more than the {MAX_PART_BYTES} that one rank may have"
+        )
+    return data
 
 
 def decode_part(data: bytes, *, what: str) -> Part:
@@ -270,11 +296,14 @@ def _check_entry(entry: ArrayEntry, objects: list[ObjectRef], what: str) -> None
     for size, whole, offset in zip(entry.shape, entry.global_shape, entry.offsets, strict=True):
         if size < 0 or offset < 0 or offset + size > whole:
             raise FormatError(f"{label} lies outside its global shape")
-    expected = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+    item_bytes = DTYPE_BYTES[entry.dtype]
+    if math.prod(max(1, size) for size in entry.global_shape) * item_bytes > _MAX_ARRAY_BYTES:
+        raise FormatError(f"{label} is larger than any memory")
+    expected = math.prod(entry.shape) * item_bytes
     if sum(chunk.length for chunk in entry.chunks) != expected:
         raise FormatError(f"{label} should have {expected} bytes, its chunks have others")
     for chunk in entry.chunks:
-        if not 0 <= chunk.object < len(objects) or chunk.length <= 0 or chunk.offset < 0:
+        if not 0 <= chunk.object < len(objects) or not 0 < chunk.length <= CHUNK_BYTES or chunk.offset < 0:
             raise FormatError(f"{label} has an impossible chunk")
         if chunk.offset + chunk.length > objects[chunk.object].size_bytes:
             raise FormatError(f"{label} has a chunk beyond the end of its object")

@@ -22,7 +22,7 @@ import msgspec
 
 from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, head_key, seal, unseal
 from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, IntegrityError, NotFound, RunRemoved, StoreUnavailable
+from holdfast.core.errors import Fenced, IntegrityError, NotFound, RestoreError, RunRemoved, StoreUnavailable
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
@@ -32,6 +32,8 @@ _HEAD_NAME = re.compile(r"heads/(\d{8,12})\.json")
 _RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 HEADS_KEPT = 32
 """Older heads are pruned; these many stay for people who ask what happened."""
+_VANISHED_TRIES = 100
+"""How often a reader starts over because the head that it had listed was pruned meanwhile."""
 
 Change = Callable[[Head], Head]
 """Computes the next head's content from the current one; number, nonce, parent and time are filled in by the lineage."""
@@ -49,10 +51,19 @@ class Truth:
 def head_numbers(store: Store) -> list[int]:
     """The numbers of all heads, ascending. Objects with other names are ignored."""
     matches = (_HEAD_NAME.fullmatch(entry.key) for entry in store.list("heads/"))
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = ((int(match[1]), match[0]) for match in matches if match)
+    return sorted(number for number, key in numbers if key == head_key(number))
 
 
 def _read_head(store: Store, number: int, run_id: str | None) -> Head:
+    """Two tries: a bit that flipped on its way here must not make an older head the truth."""
+    try:
+        return _read_head_once(store, number, run_id)
+    except IntegrityError:
+        return _read_head_once(store, number, run_id)
+
+
+def _read_head_once(store: Store, number: int, run_id: str | None) -> Head:
     key = head_key(number)
     head = unseal(store.get(key, max_bytes=MAX_RECORD_BYTES), Head, what=f"{store.url}/{key}")
     if head.number != number or (run_id is not None and head.run_id != run_id):
@@ -65,10 +76,11 @@ def _read_head(store: Store, number: int, run_id: str | None) -> Head:
 def read_truth(store: Store, run_id: str | None = None) -> Truth:
     """The newest head: list, get the highest, list once more; whoever finds a higher head, or the one listed gone (pruned), starts over.
 
-    A head whose bytes do not verify is passed over for the one below it, and reported in `altered`.
+    A head whose bytes do not verify is passed over for the one below it, and reported in `altered`. Raises RunConflict for one that a
+    newer holdfast has written.
     """
     numbers = head_numbers(store)
-    while True:
+    for _ in range(_VANISHED_TRIES):
         head, altered, vanished = None, [], False
         for number in reversed(numbers):
             try:
@@ -83,6 +95,7 @@ def read_truth(store: Store, run_id: str | None = None) -> Truth:
         if not vanished and again[-1:] == numbers[-1:]:
             return Truth(head, numbers[-1] if numbers else 0, tuple(altered))
         numbers = again
+    raise StoreUnavailable(f"{store.url}: the heads that the store lists cannot be read, or change too fast to follow")
 
 
 class Lineage:
@@ -112,10 +125,17 @@ class Lineage:
         """Become the owner. `change` may alter the claiming head; `revive` allows to claim a run that has been removed.
 
         Losing the race for a number means computing again from the new truth. Raises Fenced when a higher head appears after the
-        claim was applied, RunRemoved for a tombstone, StoreUnavailable when there is no answer.
+        claim was applied, RunRemoved for a tombstone, RestoreError when there are heads and none verifies (`revive` starts over
+        all the same), StoreUnavailable when there is no answer.
         """
         while True:
+            self._refuse_if_fenced()
             truth = read_truth(self._store, self._run_id)
+            if truth.altered and truth.head is None and not revive:
+                raise RestoreError(
+                    f"{self._store.url}: none of the run's {len(truth.altered)} heads verifies, so its checkpoints cannot be found "
+                    f"({truth.altered[0]}). Bring the heads back from a copy, or start over with fresh=True"
+                )
             previous = truth.head or self._nothing()
             if previous.removed and not revive:
                 raise RunRemoved(
@@ -134,7 +154,7 @@ class Lineage:
         Raises Fenced when another attempt owns the run, StoreUnavailable when the outcome is unknown: the next call then first
         finds out (the put may still have been applied, and counts if it was).
         """
-        self._resolve_pending()
+        self.settle()
         current = self.head
         body = self._stamp(msgspec.structs.replace(change(current), kind=kind), current.number + 1, current.nonce)
         if not self._put(body):
@@ -158,17 +178,24 @@ class Lineage:
             body, number=number, nonce=self._tokens(), parent=parent, unix_s=self._clock.unix_s()
         )
 
-    def _resolve_pending(self) -> None:
-        if self._fenced:
-            raise Fenced(self._fenced)
+    def settle(self) -> None:
+        """Find out what became of a write whose outcome is unknown. Raises as `advance`."""
+        self._refuse_if_fenced()
         if self._pending is not None:
             body = self._pending
             if not self._put(body):
                 self._fence(f"head {body.number} was written by another attempt")
             self._confirm(body)
 
+    def _refuse_if_fenced(self) -> None:
+        if self._fenced:
+            raise Fenced(self._fenced)
+
     def _put(self, body: Head) -> bool:
-        """True: this very body is at its number. False: another is. Raises StoreUnavailable while it is unknown."""
+        """True: this very body is at its number. False: another is. Raises StoreUnavailable while it is unknown.
+
+        The body stays pending until `_confirm`, whatever is raised on the way there.
+        """
         data, key = seal(body), head_key(body.number)
         self._pending = body
         for pause_s in (*_RETRY_PAUSES_S, None):
@@ -187,37 +214,33 @@ class Lineage:
             if pause_s is None:
                 raise StoreUnavailable(f"{self._store.url}/{key}: the outcome of the write is still unknown")
             self._clock.sleep(pause_s)
-        self._pending = None
         return True
 
     def _read_back(self, number: int, *, retry: bool) -> bytes | None:
-        """The bytes at `number`; b"" when it is absent although a higher head exists; None while nothing can be said."""
+        """The bytes at `number`; b"" when it is absent although a higher head exists; None while nothing can be said.
+
+        Seen by the list and not by the read before it: it has just landed, and may be this very write. Bytes that do not verify
+        are read again, since they may be this write's, flipped on the way.
+        """
+        key = head_key(number)
         try:
-            return self._store.get(head_key(number), max_bytes=MAX_RECORD_BYTES)
-        except NotFound:
-            pass
-        except StoreUnavailable:
+            try:
+                found = self._store.get(key, max_bytes=MAX_RECORD_BYTES)
+                unseal(found, Head, what=f"{self._store.url}/{key}")
+                return found
+            except NotFound:
+                return b"" if any(existing > number for existing in head_numbers(self._store)) else None
+        except (StoreUnavailable, IntegrityError):
             if not retry:
                 raise
             return None
-        try:
-            higher = any(existing >= number for existing in head_numbers(self._store))
-        except StoreUnavailable:
-            if not retry:
-                raise
-            return None
-        return b"" if higher else None
 
     def _confirm(self, body: Head) -> Head:
-        try:
-            highest = max(head_numbers(self._store), default=0)
-        except StoreUnavailable:
-            # The put is applied, but whether it counts is unknown: the next call puts the same bytes again and lists again.
-            self._pending = body
-            raise
+        """The put is applied; does it count? While the listing fails it stays pending: the next call puts the same bytes and lists again."""
+        highest = max(head_numbers(self._store), default=0)
         if highest > body.number:
             self._fence(f"head {highest} has been written by another attempt in the meantime")
-        self._head = body
+        self._head, self._pending = body, None
         return body
 
     def _fence(self, why: str) -> None:

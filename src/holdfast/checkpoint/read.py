@@ -26,7 +26,7 @@ from holdfast.checkpoint.format import (
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.retain import StoreOpener, read_root
 from holdfast.checkpoint.write import block_hashes
-from holdfast.core.errors import FormatError, IntegrityError, NotFound, RestoreError
+from holdfast.core.errors import FormatError, IntegrityError, NotFound, RestoreError, RunRemoved, UsageError
 from holdfast.store.base import Store
 
 __all__ = ["CheckpointReader", "Fallback", "open_checkpoint", "restore_newest"]
@@ -73,14 +73,15 @@ class CheckpointReader:
     ) -> None:
         """Fill each buffer with its array's bytes, verified. `progress` is told the bytes as they arrive, from any thread.
 
-        Raises IntegrityError when bytes do not match or an object is missing; the buffers then hold no usable data.
+        Raises IntegrityError when bytes do not match, NotFound when an object is missing, UsageError for a buffer of the wrong
+        size; the buffers then hold no usable data.
         """
         futures = [pool.submit(task) for task in self._tasks(wanted, progress or (lambda count: None))]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
-        wait(pending)
-        errors = [error for future in done if (error := future.exception()) is not None]
+        done |= wait(pending).done
+        errors = [error for future in done if not future.cancelled() and (error := future.exception()) is not None]
         # A store that is unavailable outranks lost bytes: nothing may be declared lost while requests fail.
         for error in sorted(errors, key=lambda error: isinstance(error, IntegrityError | NotFound)):
             raise error
@@ -91,6 +92,8 @@ class CheckpointReader:
         tasks: list[Callable[[], None]] = []
         small: list[_Wanted] = []
         for entry, buffer in wanted:
+            if len(buffer) != entry.spec().nbytes:
+                raise UsageError(f"array {entry.name!r} has {entry.spec().nbytes} bytes, its buffer {len(buffer)}")
             position = 0
             for chunk in entry.chunks:
                 item = _Wanted(
@@ -157,9 +160,14 @@ def open_checkpoint(store: Store, ref: CheckpointRef, open_home: StoreOpener) ->
         )
     reference = root.parts[0]
     data = where.get(reference.key, max_bytes=min(MAX_PART_BYTES, reference.size_bytes))
+    label = f"{where.url}/{reference.key}"
     if digest(data) != reference.blake3:
-        raise IntegrityError(f"{where.url}/{reference.key}: the bytes do not match the hash in the root")
-    return CheckpointReader(where, ref, root, decode_part(data, what=f"{where.url}/{reference.key}"), open_home)
+        raise IntegrityError(f"{label}: the bytes do not match the hash in the root")
+    part = decode_part(data, what=label)
+    # What a restore allocates is known, and was shown to people, before any of it is allocated.
+    if sum(entry.spec().nbytes for entry in part.arrays) != ref.total_bytes:
+        raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")
+    return CheckpointReader(where, ref, root, part, open_home)
 
 
 def restore_newest(
@@ -170,7 +178,7 @@ def restore_newest(
     *,
     fell_back: Callable[[Fallback], None],
 ) -> Result | None:
-    """Load the newest checkpoint of the current generation that verifies; None when the head retains none.
+    """Load the newest checkpoint of the current generation that verifies; None when the head retains none (any more).
 
     `load` raises IntegrityError or NotFound to say that the checkpoint is unusable. Before a checkpoint is called lost the truth is
     read again: retention may have removed it meanwhile. `fell_back` is told of every checkpoint that was passed over. Raises
@@ -188,18 +196,17 @@ def restore_newest(
             newest = read_truth(store, head.run_id).head
             if newest is not None and newest.number > head.number:
                 head = newest
+                if head.removed:
+                    raise RunRemoved(f"{store.url}: the run was removed while it was read") from error
                 tried = {failure.checkpoint.name for failure in failures}
-                candidates = [
-                    other
-                    for other in head.checkpoints
-                    if other.generation == head.generation and other.name not in tried
-                ]
-                if any(other.name == ref.name for other in candidates):
-                    candidates = [other for other in candidates if other.name != ref.name]
-                else:
+                retained = [other for other in head.checkpoints if other.generation == head.generation]
+                candidates = [other for other in retained if other.name not in tried and other.name != ref.name]
+                if all(other.name != ref.name for other in retained):
                     continue
             failures.append(Fallback(ref, str(error)))
             fell_back(failures[-1])
+    if not failures:
+        return None
     reasons = "\n".join(f"  step {failure.checkpoint.step}: {failure.reason}" for failure in failures)
     raise RestoreError(
         f"{store.url}: none of the {len(failures)} retained checkpoints verifies:\n{reasons}\n"

@@ -13,16 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
-from holdfast.checkpoint.format import MAX_RECORD_BYTES, CheckpointRef, Head, PinnedBy, Root, digest, unseal
+from holdfast.checkpoint.format import MAX_RECORD_BYTES, CheckpointRef, Head, Pin, PinnedBy, Root, digest, unseal
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, UsageError
-from holdfast.store.base import Store
+from holdfast.core.errors import FormatError, HoldfastError, IntegrityError, NotFound, UsageError
+from holdfast.store.base import Store, is_key
 
 __all__ = [
     "Keep",
+    "Pinned",
     "Roots",
     "checkpoint_keys",
     "condemn",
@@ -33,6 +35,7 @@ __all__ = [
     "sweep",
 ]
 
+_CHECKPOINT_NAME = re.compile(r"checkpoints/\d{8,12}-\d{1,12}-[0-9a-z]{1,64}")
 _ATTEMPT_OF = re.compile(r"(?:data/(\d+)/|checkpoints/\d+-(\d+)-)")
 StoreOpener = Callable[[str], Store]
 
@@ -69,11 +72,20 @@ def read_root(store: Store, ref: CheckpointRef) -> Root:
 
     Raises NotFound when it is absent, IntegrityError when it is not what was committed.
     """
+    if not _CHECKPOINT_NAME.fullmatch(ref.name):
+        raise FormatError(f"{store.url}: {ref.name!r} is not a checkpoint's name")
     key = root_key(ref.name)
     data = store.get(key, max_bytes=MAX_RECORD_BYTES)
     if digest(data) != ref.root_blake3:
         raise IntegrityError(f"{store.url}/{key}: the bytes do not match the hash in the head")
-    return unseal(data, Root, what=f"{store.url}/{key}")
+    root = unseal(data, Root, what=f"{store.url}/{key}")
+    if root.name != ref.name or not all(_is_part_of(part.key, root) for part in root.parts):
+        raise FormatError(f"{store.url}/{key}: names parts of another checkpoint ({root.name!r})")
+    return root
+
+
+def _is_part_of(key: str, root: Root) -> bool:
+    return key.startswith(f"{root.name}/part-") and is_key(key)
 
 
 class Roots:
@@ -129,16 +141,19 @@ def condemn(head: Head, retained: Sequence[CheckpointRef], roots: Roots, deleted
             # Its own root and parts are still found by name; its data stays until the orphan sweep of a later attempt.
             dropped.add(root_key(ref.name))
     condemned = (set(head.condemned) | (dropped - reached)) - set(deleted)
-    homes = {ref.home for ref in retained} | {home for ref in retained for home in _homes(roots, ref)}
-    pins = [pin for pin in head.pins if pin.home in homes]
+    pins = _needed_pins(head.pins, retained, roots)
     return msgspec.structs.replace(head, checkpoints=list(retained), condemned=sorted(condemned), pins=pins)
 
 
-def _homes(roots: Roots, ref: CheckpointRef) -> list[str]:
-    try:
-        return roots.get(ref).homes
-    except (IntegrityError, NotFound):
+def _needed_pins(pins: Sequence[Pin], retained: Sequence[CheckpointRef], roots: Roots) -> list[Pin]:
+    """The pins into runs that a retained checkpoint refers to; all of them when a root cannot be read."""
+    if not pins:
         return []
+    try:
+        homes = {home for ref in retained for home in [ref.home, *roots.get(ref).homes]}
+    except (IntegrityError, NotFound):
+        return list(pins)
+    return [pin for pin in pins if pin.home in homes]
 
 
 def find_orphans(store: Store, head: Head, roots: Roots) -> set[str]:
@@ -159,32 +174,53 @@ def find_orphans(store: Store, head: Head, roots: Roots) -> set[str]:
     return orphans
 
 
-def pinned_keys(store: Store, open_home: StoreOpener) -> tuple[set[str], list[str]]:
-    """Objects that forks still refer to, and the pins that nobody needs any more.
+class Pinned(NamedTuple):
+    """`spared`: objects that other runs refer to; `targets`: those runs; `stale`: pins that nobody needs any more."""
 
-    A pin counts while its target's newest head names it. A target that cannot be read keeps its pin.
+    spared: set[str]
+    stale: list[str]
+    targets: list[str]
+
+
+def pinned_keys(store: Store, open_home: StoreOpener) -> Pinned:
+    """What the pins in this run protect.
+
+    A pin counts while its target's newest head names it, and while that cannot be known: an absent target may be a folder that
+    this machine does not see. Invariant: the pins are listed again after the last of them was judged. A fork of a fork is protected
+    by the fork's pin until its own is in place, and puts its own before it relies on the other; so when one is found stale, a pin
+    that took over from it can be seen. Raises IntegrityError when a pin, or what it protects, does not verify.
     """
-    spared: set[str] = set()
-    stale: list[str] = []
-    for entry in store.list("pins/"):
-        name = entry.key.removeprefix("pins/").removesuffix(".json")
-        try:
-            pin = unseal(store.get(entry.key, max_bytes=MAX_RECORD_BYTES), PinnedBy, what=f"{store.url}/{entry.key}")
-            if _is_wanted(pin, name, open_home):
-                spared |= checkpoint_keys(pin.checkpoint, read_root(store, pin.checkpoint))
-            else:
-                stale.append(entry.key)
-        except NotFound:
-            continue
-    return spared, stale
+    pinned = Pinned(set(), [], [])
+    judged: set[str] = set()
+    while True:
+        new = [entry.key for entry in store.list("pins/") if entry.key not in judged]
+        if not new:
+            return pinned
+        for key in new:
+            _judge_pin(store, key, open_home, pinned)
+        judged.update(new)
 
 
-def _is_wanted(pin: PinnedBy, name: str, open_home: StoreOpener) -> bool:
+def _judge_pin(store: Store, key: str, open_home: StoreOpener, pinned: Pinned) -> None:
+    name = key.removeprefix("pins/").removesuffix(".json")
     try:
-        head = read_truth(open_home(pin.target)).head
+        pin = unseal(store.get(key, max_bytes=MAX_RECORD_BYTES), PinnedBy, what=f"{store.url}/{key}")
     except NotFound:
-        return False
-    return head is not None and any(held.name == name for held in head.pins)
+        return
+    truth = read_truth(open_home(pin.target))
+    if truth.head is not None and not truth.altered and all(held.name != name for held in truth.head.pins):
+        pinned.stale.append(key)
+        return
+    if pin.target not in pinned.targets:
+        pinned.targets.append(pin.target)
+    try:
+        pinned.spared.update(checkpoint_keys(pin.checkpoint, read_root(store, pin.checkpoint)))
+    except NotFound as error:
+        # A fork that came too late and has not withdrawn yet protects nothing. One that has checkpoints relies on what is lost.
+        if truth.head is not None and truth.head.checkpoints:
+            raise IntegrityError(
+                f"{store.url}/{key}: the checkpoint that {pin.target} refers to is damaged: {error}"
+            ) from error
 
 
 def sweep(store: Store, lineage: Lineage, open_home: StoreOpener) -> set[str]:
@@ -192,19 +228,17 @@ def sweep(store: Store, lineage: Lineage, open_home: StoreOpener) -> set[str]:
 
     Raises what the store raises; the caller goes on training: garbage is a cost, not a danger.
     """
-    head = lineage.head
-    spared: set[str] = set()
-    if head.condemned:
-        try:
-            spared, stale = pinned_keys(store, open_home)
-        except HoldfastError:
-            # Whether a fork needs something is unknown: spare everything this time.
-            return set()
-        for key in stale:
-            store.delete(key)
-    deleted = set()
-    for key in head.condemned:
-        if key not in spared:
+    deleted: set[str] = set()
+    try:
+        pinned = pinned_keys(store, open_home)
+    except HoldfastError:
+        # Whether a fork needs something is unknown: spare everything this time.
+        lineage.prune()
+        return deleted
+    for key in pinned.stale:
+        store.delete(key)
+    for key in lineage.head.condemned:
+        if key not in pinned.spared:
             store.delete(key)
             deleted.add(key)
     lineage.prune()

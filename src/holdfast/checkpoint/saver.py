@@ -9,38 +9,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
-from holdfast.checkpoint.format import CheckpointRef, Head
+from holdfast.checkpoint.commit import Committer
+from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.heads import Lineage
-from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, condemn, find_orphans, sweep
+from holdfast.checkpoint.request import SaveHandle, SaveRequest, SaveState
+from holdfast.checkpoint.retain import Keep, Roots, StoreOpener
 from holdfast.checkpoint.snapshot import Layout, Snapshot, lay_out, stage, stream
 from holdfast.checkpoint.staging import Slot, StagingBudget, available_memory_bytes, plan_slots
-from holdfast.checkpoint.tree import FlatTree, Leaf
-from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
+from holdfast.checkpoint.threads import DaemonPool
+from holdfast.checkpoint.tree import FlatTree, collector_paused
+from holdfast.checkpoint.write import KnownChunks
 from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, HoldfastError, SaveError, TooManyUnsaved
+from holdfast.core.errors import Fenced, HoldfastError, SaveError, TooManyUnsaved, UsageError
 from holdfast.core.events import Event, Sink
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
 __all__ = ["SaveHandle", "SaveRequest", "SaveState", "Saver", "SaverOptions"]
-
-
-class SaveState(Enum):
-    """Where a save is."""
-
-    HELD = "held"
-    WAITING = "waiting"
-    WRITING = "writing"
-    COMMITTED = "committed"
-    SUPERSEDED = "superseded"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,65 +42,6 @@ class SaverOptions:
     max_unsaved: int = 3
     hash_threads: int = 2
     send_threads: int = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveRequest:
-    """What a save is of. `deferrable` marks arrays that only optimizers write. `finish` makes it the run's last."""
-
-    flat: FlatTree
-    step: int
-    epoch: int
-    metadata: dict[str, Any]
-    reason: str
-    deferrable: Callable[[Leaf], bool]
-    finish: bool = False
-
-
-class SaveHandle:
-    """One save, as its caller sees it. Thread-safe."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.state = SaveState.WAITING
-        self._done = threading.Event()
-        self._checkpoint: CheckpointRef | None = None
-        self._error: BaseException | None = None
-        self._successor: SaveHandle | None = None
-
-    def done(self) -> bool:
-        """True when the outcome is known (committed, failed, or its successor's is)."""
-        if self._successor is not None:
-            return self._successor.done()
-        return self._done.is_set()
-
-    def wait(self, timeout_s: float | None = None) -> CheckpointRef:
-        """Block until this state, or a newer one that replaced it while it waited, is durable and committed.
-
-        Raises SaveError (or Fenced) when it was not, TimeoutError when `timeout_s` passed first.
-        """
-        handle = self
-        while True:
-            if not handle._done.wait(timeout_s):
-                raise TimeoutError(f"the save of step {self.step} is still {handle.state.value}")
-            if handle._successor is None:
-                break
-            handle = handle._successor
-        if handle._error is not None:
-            raise handle._error
-        if handle._checkpoint is None:
-            raise SaveError(f"the save of step {self.step} was given up before it was written")
-        return handle._checkpoint
-
-    def _finish(
-        self, state: SaveState, checkpoint: CheckpointRef | None = None, error: BaseException | None = None
-    ) -> None:
-        self.state, self._checkpoint, self._error = state, checkpoint, error
-        self._done.set()
-
-    def _supersede(self, successor: SaveHandle) -> None:
-        self.state, self._successor = SaveState.SUPERSEDED, successor
-        self._done.set()
 
 
 @dataclass(slots=True)
@@ -143,11 +72,14 @@ class Saver:
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[CheckpointRef], None] = lambda ref: None,
     ) -> None:
-        self._store, self._lineage, self._options, self._open_home = store, lineage, options, open_home
-        self._clock, self._tokens, self._sink = clock, tokens, sink
-        self._before_commit, self._committed = before_commit, committed
-        self.roots = Roots(store, open_home)
-        self.known = KnownChunks()
+        self._options, self._clock, self._sink, self._committed = options, clock, sink, committed
+        self._hashing = DaemonPool(options.hash_threads, "holdfast-hash")
+        self._sending = DaemonPool(options.send_threads, "holdfast-send")
+        self._committer = Committer(
+            store, lineage, keep=options.keep, open_home=open_home, clock=clock, tokens=tokens, hashing=self._hashing,
+            sending=self._sending, before_commit=before_commit,
+        )  # fmt: skip
+        self._layout: Layout | None = None
         self._budget: StagingBudget | None = None
         self._free: list[Slot] = []
         self._slots: list[Slot] = []
@@ -159,14 +91,20 @@ class Saver:
         self._closing = False
         self._failures: list[BaseException] = []
         self._unreported: list[str] = []
-        self._deleted: set[str] = set()
-        self._orphans: set[str] | None = None
-        self._hashing = ThreadPoolExecutor(options.hash_threads, thread_name_prefix="holdfast-hash")
-        self._sending = ThreadPoolExecutor(options.send_threads, thread_name_prefix="holdfast-send")
         self._thread = threading.Thread(target=self._work, name="holdfast-saver", daemon=True)
         self._thread.start()
         self.stall_s_of_last: float = 0.0
         self.durable_s_of_last: float = 0.0
+
+    @property
+    def known(self) -> KnownChunks:
+        """Chunks that need not be sent again. Restore adds those of the checkpoint that it has read, before the first save."""
+        return self._committer.known
+
+    @property
+    def roots(self) -> Roots:
+        """Roots that need not be read again. Restore adds the one that it has read, before the first save."""
+        return self._committer.roots
 
     # ---- the loop's side
 
@@ -185,7 +123,8 @@ class Saver:
         Does nothing where fewer than two snapshots fit, since it would have to wait for the writer. When an older snapshot still waits
         for the writer, this one takes its place in the queue instead.
         """
-        if self._plan(lay_out(request.flat)).slots > 1:
+        self._layout = lay_out(request.flat, self._layout)
+        if self._plan(self._layout).slots > 1:
             self._take(request, SaveHandle(request.step), hold=self._waiting is None)
 
     def commit_held(self) -> SaveHandle | None:
@@ -258,20 +197,33 @@ class Saver:
     # ---- snapshots and slots
 
     def _take(self, request: SaveRequest, handle: SaveHandle, *, hold: bool) -> SaveHandle:
+        if self._closing:
+            raise UsageError("the saver is closed; nothing can be saved any more")
         started_s = self._clock.monotonic_s()
-        layout = lay_out(request.flat)
+        layout = self._layout = lay_out(request.flat, self._layout)
         budget = self._plan(layout)
         handle.step = request.step
         if budget.slots == 0:
             self._stream(request, layout, handle, started_s)
             return handle
         slot = self._slot_for(handle)
-        snapshot = stage(
-            request.flat, layout, slot, step=request.step, epoch=request.epoch, metadata=request.metadata,
-            deferrable=request.deferrable,
-        )  # fmt: skip
+        try:
+            with collector_paused():
+                snapshot = stage(
+                    request.flat, layout, slot, step=request.step, epoch=request.epoch, metadata=request.metadata,
+                    deferrable=request.deferrable,
+                )  # fmt: skip
+        except BaseException as error:
+            with self._condition:
+                self._free.append(slot)
+            handle.finish(
+                SaveState.FAILED, error=SaveError(f"the state of step {request.step} could not be copied: {error}")
+            )
+            raise
         self._newest = snapshot
         now_s = self._clock.monotonic_s()
+        # The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits.
+        request = replace(request, flat=FlatTree(request.flat.document, ()))
         job = _Job(snapshot, handle, request, now_s, now_s - started_s)
         self.stall_s_of_last = job.stall_s
         with self._condition:
@@ -325,12 +277,12 @@ class Saver:
                 self._give_back(self._held)
                 self._held = None
             if not self._free and self._waiting is not None:
-                self._waiting.handle._supersede(handle)
+                self._waiting.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
             self._condition.wait_for(lambda: bool(self._free))
             if self._waiting is not None:
-                self._waiting.handle._supersede(handle)
+                self._waiting.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
             return self._free.pop()
@@ -361,6 +313,9 @@ class Saver:
                 self._writing = job
             try:
                 self._process(job)
+            except Exception as error:
+                # The checkpoint is committed; what failed is telling others about it. The thread must live on.
+                self._note(f"after the save of step {job.request.step}: {type(error).__name__}: {error}")
             finally:
                 with self._condition:
                     self._writing = None
@@ -368,60 +323,23 @@ class Saver:
 
     def _process(self, job: _Job) -> None:
         try:
-            ref, written = self._commit(job)
+            ref, written = self._committer.commit(job.snapshot, finish=job.request.finish)
         except BaseException as error:
             self._failed(job, error)
             return
         self.durable_s_of_last = self._clock.monotonic_s() - job.taken_s
-        self._failures = []
+        with self._condition:
+            self._failures = []
+        job.handle.finish(SaveState.COMMITTED, checkpoint=ref)
         self._emit(
             "save.committed",
-            step=ref.step, epoch=ref.epoch, checkpoint=ref.name, reason=job.request.reason, stall_s=job.stall_s,
+            step=ref.step, epoch=ref.epoch, checkpoint=ref.name, reason=job.request.reason,
+            stall_s=self.durable_s_of_last if job.snapshot.slot is None else job.stall_s,
             durable_s=self.durable_s_of_last, total_bytes=written.total_bytes, sent_bytes=written.sent_bytes,
             deduplicated_bytes=written.deduplicated_bytes,
         )  # fmt: skip
         self._committed(ref)
-        job.handle._finish(SaveState.COMMITTED, checkpoint=ref)
         self._sweep()
-
-    def _commit(self, job: _Job) -> tuple[CheckpointRef, Written]:
-        head = self._lineage.head
-        if self._orphans is None:
-            self._orphans = find_orphans(self._store, head, self.roots)
-        self.known.retain({ref.name for ref in head.checkpoints})
-        written = write_checkpoint(
-            job.snapshot, self._store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1,
-            known=self.known, tokens=self._tokens, hashing=self._hashing, sending=self._sending,
-        )  # fmt: skip
-        self._before_commit()
-        ref = CheckpointRef(
-            name=written.root.name, root_blake3=written.root_blake3, step=job.request.step, epoch=job.request.epoch,
-            generation=head.generation, attempt=head.attempt, unix_s=self._clock.unix_s(), total_bytes=written.total_bytes,
-        )  # fmt: skip
-        self.roots.remember(written.root)
-        committed = self._lineage.advance(
-            "finish" if job.request.finish else "save",
-            lambda current: self._next(current, ref, written, job.request.finish),
-        )
-        self.known.add(ref.name, written.part)
-        self.roots.forget_except(committed.checkpoints)
-        return ref, written
-
-    def _next(self, current: Head, ref: CheckpointRef, written: Written, finish: bool) -> Head:
-        """The head that names `ref`, computed from the newest of this claim.
-
-        Invariant: every old object that the checkpoint refers to is still reached by a checkpoint retained there, and not condemned.
-        """
-        reached = set(written.root.objects)
-        retained = {key for other in current.checkpoints if other.home is None for key in self.roots.get(other).objects}
-        lost_homes = set(written.root.homes) - {pin.home for pin in current.pins}
-        if lost_homes or not reached - written.sent_objects <= retained or reached & set(current.condemned):
-            raise SaveError("an object that this save refers to is no longer retained; the next save sends it again")
-        kept = self._options.keep.select([*current.checkpoints, ref], current.generation)
-        following = condemn(current, kept, self.roots, deleted=self._deleted)
-        orphans = (self._orphans or set()) - reached
-        condemned = sorted(set(following.condemned) | orphans)
-        return msgspec.structs.replace(following, condemned=condemned, finished=finish)
 
     def _failed(self, job: _Job, error: BaseException) -> None:
         wrapped = error
@@ -432,16 +350,14 @@ class Saver:
             self._failures.append(wrapped)
             self._unreported.append(f"{wrapped}. The run goes on; the checkpoint before it still stands")
         self._emit("save.failed", step=job.request.step, reason=job.request.reason, error=str(wrapped))
-        job.handle._finish(SaveState.FAILED, error=wrapped)
+        job.handle.finish(SaveState.FAILED, error=wrapped)
 
     def _sweep(self) -> None:
         try:
-            deleted = sweep(self._store, self._lineage, self._open_home)
+            deleted = self._committer.sweep()
         except HoldfastError as error:
             self._emit("sweep.failed", error=str(error))
             return
-        self._orphans = set()
-        self._deleted = deleted
         if deleted:
             self._emit("sweep.deleted", objects=len(deleted))
 

@@ -29,16 +29,17 @@ class Layout:
     total_bytes: int
 
 
-def lay_out(flat: FlatTree) -> Layout:
-    """Arrays in tree order, aligned. Raises UnsupportedState for arrays that cannot be stored."""
-    specs, offsets, position = [], [], 0
-    for leaf in flat.leaves:
-        spec = leaf.adapter.spec(leaf.name, leaf.value)
+def lay_out(flat: FlatTree, previous: Layout | None = None) -> Layout:
+    """Arrays in tree order, aligned. `previous` itself where nothing has changed, so that what was made for it can be used again."""
+    specs = tuple([leaf.spec for leaf in flat.leaves])
+    if previous is not None and specs == previous.specs:
+        return previous
+    offsets, position = [], 0
+    for spec in specs:
         position = -(-position // _ALIGN_BYTES) * _ALIGN_BYTES
-        specs.append(spec)
         offsets.append(position)
         position += spec.nbytes
-    return Layout(tuple(specs), tuple(offsets), position)
+    return Layout(specs, tuple(offsets), position)
 
 
 @dataclass(slots=True)
@@ -87,15 +88,15 @@ def stage(
 
     Arrays for which `deferrable` is true are written only by optimizers, so their copy may go on until one steps.
     """
-    copies: list[Copy] = []
+    targets = _targets(flat, layout, slot)
     by_library: dict[str, list[int]] = {}
     for index, leaf in enumerate(flat.leaves):
         by_library.setdefault(leaf.adapter.library, []).append(index)
+    copies: list[Copy] = []
     for indices in by_library.values():
-        buffers = [_buffer(layout, slot, index) for index in indices]
         leaves = [flat.leaves[index] for index in indices]
-        adapter = leaves[0].adapter
-        copies.append(adapter.copy([leaf.value for leaf in leaves], buffers, [deferrable(leaf) for leaf in leaves]))
+        values, later = [leaf.value for leaf in leaves], [deferrable(leaf) for leaf in leaves]
+        copies.append(leaves[0].adapter.copy(values, [targets[index] for index in indices], later))
     return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies)
 
 
@@ -104,6 +105,10 @@ def stream(flat: FlatTree, layout: Layout, *, step: int, epoch: int, metadata: d
     return Snapshot(flat.document, layout, step, epoch, metadata, None, leaves=flat.leaves)
 
 
-def _buffer(layout: Layout, slot: Slot, index: int) -> memoryview:
-    offset = layout.offsets[index]
-    return slot.memory[offset : offset + layout.specs[index].nbytes]
+def _targets(flat: FlatTree, layout: Layout, slot: Slot) -> list[Any]:
+    """Each array's place in the slot, as an array of its library; made once for a layout."""
+    if slot.layout is not layout:
+        slot.layout, slot.targets = layout, []
+        for leaf, spec, offset in zip(flat.leaves, layout.specs, layout.offsets, strict=True):
+            slot.targets.append(leaf.adapter.view(spec, slot.memory[offset : offset + spec.nbytes]))
+    return slot.targets

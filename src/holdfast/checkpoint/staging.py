@@ -11,6 +11,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from holdfast.core.errors import UsageError
 
@@ -20,6 +21,19 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python 3.11
 _DEFAULT_SHARE_OF_FREE = 0.4
 _DEFAULT_SNAPSHOTS = 2
 _UNLIMITED_BYTES = 1 << 60
+
+
+class _CgroupFiles(NamedTuple):
+    """Where a version of the cgroup interface says what; `cache` and `shared` are lines of memory.stat, and shared memory is no cache."""
+
+    limit: str
+    usage: str
+    cache: str
+    shared: str
+
+
+_V2 = _CgroupFiles("memory.max", "memory.current", "file", "shmem")
+_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +67,14 @@ def _cgroup_free_bytes(root: Path) -> int:
     except OSError:
         return free
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, separator, path = rest.partition(":")
+        if not separator:
+            continue
         if controllers == "":
-            base, limit_name, usage_name, stat_name = root / "sys/fs/cgroup", "memory.max", "memory.current", "file"
+            base, files = root / "sys/fs/cgroup", _V2
         elif "memory" in controllers.split(","):
-            base, limit_name, usage_name, stat_name = (
-                root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache",
-            )  # fmt: skip
+            base, files = root / "sys/fs/cgroup/memory", _V1
         else:
             continue
         # A limit may stand at any ancestor; inside a container the path may not exist below the mount, so the mount itself counts.
@@ -67,21 +82,29 @@ def _cgroup_free_bytes(root: Path) -> int:
         for level in (folder, *folder.parents):
             if not level.is_relative_to(base):
                 break
-            free = min(free, _level_free_bytes(level, limit_name, usage_name, stat_name))
+            free = min(free, _level_free_bytes(level, files))
     return free
 
 
-def _level_free_bytes(level: Path, limit_name: str, usage_name: str, stat_name: str) -> int:
-    try:
-        limit = (level / limit_name).read_text().strip()
-        if limit == "max" or int(limit) >= _UNLIMITED_BYTES:
-            return _UNLIMITED_BYTES
-        usage = int((level / usage_name).read_text())
-        stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-        reclaimable = max(0, int(stat.get(stat_name, 0)) - int(stat.get("shmem", 0)))
-        return max(0, int(limit) - usage + reclaimable)
-    except (OSError, ValueError):
+def _level_free_bytes(level: Path, files: _CgroupFiles) -> int:
+    limit_bytes = _number(level / files.limit)
+    if limit_bytes is None or limit_bytes >= _UNLIMITED_BYTES:
         return _UNLIMITED_BYTES
+    cached_bytes = 0
+    try:
+        stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+        cached_bytes = max(0, int(stat.get(files.cache, 0)) - int(stat.get(files.shared, 0)))
+    except (OSError, ValueError):
+        pass
+    return max(0, limit_bytes - (_number(level / files.usage) or 0) + cached_bytes)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for "max" and for what cannot be read."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def plan_slots(snapshot_bytes: int, *, cap_bytes: int | None, available_bytes: int, local_ranks: int) -> StagingBudget:
@@ -102,7 +125,10 @@ def plan_slots(snapshot_bytes: int, *, cap_bytes: int | None, available_bytes: i
 
 
 class Slot:
-    """Room for one snapshot. Ownership: whoever took it from the saver fills or reads it; nobody else touches it meanwhile."""
+    """Room for one snapshot. `targets` are its memory seen as the arrays of `layout` (snapshot.py makes and uses them).
+
+    Ownership: whoever took it from the saver fills or reads it; nobody else touches it meanwhile.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
@@ -115,6 +141,8 @@ class Slot:
             raise
         self._mapping.madvise(mmap.MADV_DONTFORK)
         self.memory = memoryview(self._mapping)
+        self.layout: object = None
+        self.targets: list[Any] = []
         self._fault_in()
 
     def _fault_in(self) -> None:
@@ -125,7 +153,8 @@ class Slot:
                 self._mapping[offset] = 0
 
     def close(self) -> None:
-        """Unmap. Views that still exist (a cached plan) keep the mapping until they are gone."""
+        """Unmap. Views that somebody else still holds keep the mapping until they are gone."""
+        self.layout, self.targets = None, []
         self.memory.release()
         try:
             self._mapping.close()

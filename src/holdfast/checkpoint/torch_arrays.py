@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from holdfast.checkpoint.arrays import ArraySpec, Copy
+from holdfast.checkpoint.arrays import ArraySpec, Copy, elements
 from holdfast.checkpoint.tree import register_codec
 from holdfast.core.errors import UnsupportedState
 
@@ -45,10 +45,6 @@ _SMALL_BYTES = 1 << 20
 _side_streams: dict[int, torch.cuda.Stream] = {}
 _pinned: set[int] = set()
 _lock = threading.Lock()
-
-
-def _as_tensor(buffer: memoryview, like: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
 
 
 class _HostCopy:
@@ -88,46 +84,56 @@ class TorchAdapter:
         return isinstance(value, torch.Tensor)
 
     def spec(self, name: str, value: torch.Tensor) -> ArraySpec:
+        if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
+            _refuse_strange(name, value)
         dtype = _NAMES.get(value.dtype)
-        if dtype is None or value.layout is not torch.strided or value.is_quantized:
+        if dtype is None or value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise UnsupportedState(
-                f"{name}: a {value.layout} tensor of dtype {value.dtype} cannot be stored; track a dense tensor of a plain dtype"
+                f"{name or 'the state'}: a {'nested' if value.is_nested else value.layout} tensor of dtype {value.dtype} cannot be "
+                "stored; track a dense tensor of a plain dtype"
             )
-        if value.device.type == "meta":
-            raise UnsupportedState(f"{name}: the tensor is on the meta device and holds no data; materialise it first")
+        if value.is_meta:
+            raise UnsupportedState(
+                f"{name or 'the state'}: the tensor is on the meta device and holds no data; materialise it first"
+            )
         shape = tuple(value.shape)
         return ArraySpec(name, dtype, shape, shape, (0,) * len(shape), self.library)
 
     def identity(self, value: torch.Tensor) -> tuple[object, ...]:
-        if value.numel() == 0 or value.device.type == "meta":
+        if value.numel() == 0:
             return (self.library, id(value))
-        return (self.library, str(value.device), value.data_ptr(), value.shape, value.stride(), value.dtype)
+        # A conjugate or negative view has its base's memory, shape and strides, and other values.
+        seen_as = (value.dtype, value.is_conj(), value.is_neg())
+        return (self.library, value.device, value.data_ptr(), value.shape, value.stride(), seen_as)
+
+    def view(self, spec: ArraySpec, buffer: memoryview) -> torch.Tensor:
+        if spec.nbytes == 0:
+            return self.allocate(spec)
+        return torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype]).view(spec.shape)
 
     @torch.no_grad()
-    def copy(self, values: Sequence[torch.Tensor], buffers: Sequence[memoryview], deferrable: Sequence[bool]) -> Copy:
-        triples = [
-            (value.detach(), _as_tensor(buffer, value), later)
-            for value, buffer, later in zip(values, buffers, deferrable, strict=True)
-            if value.numel()
-        ]
-        devices = sorted({value.device.index or 0 for value, _, _ in triples if value.device.type == "cuda"})
-        host = [(value, target) for value, target, _ in triples if value.device.type != "cuda"]
+    def copy(self, values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], deferrable: Sequence[bool]) -> Copy:
+        devices = sorted({value.device.index or 0 for value in values if value.is_cuda})
+        events = {}
+        if devices:
+            triples = [triple for triple in zip(values, targets, deferrable, strict=True) if triple[0].is_cuda]
+            events = {device: self._copy_device(device, triples) for device in devices}
+        host = [(value, target) for value, target in zip(values, targets, strict=True) if not value.is_cuda]
         # One call for the many small ones: it saves the interpreter's overhead per tensor.
-        small = [(value, target) for value, target in host if value.nbytes < _SMALL_BYTES]
-        events = {device: self._copy_device(device, triples) for device in devices}
+        small = [pair for pair in host if pair[1].nbytes < _SMALL_BYTES]
         if small:
             torch._foreach_copy_([target for _, target in small], [value for value, _ in small])
         for value, target in host:
-            if value.nbytes >= _SMALL_BYTES:
+            if target.nbytes >= _SMALL_BYTES:
                 target.copy_(value)
         return _DeviceCopy(events) if events else _HostCopy()
 
     def _copy_device(self, device: int, triples: Sequence[tuple[torch.Tensor, torch.Tensor, bool]]) -> torch.cuda.Event:
         with _lock:
-            side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+            side = _side_streams.get(device) or _side_streams.setdefault(device, torch.cuda.Stream(device))
         computing = torch.cuda.current_stream(device)
         side.wait_stream(computing)
-        mine = [t for t in triples if t[0].device.type == "cuda" and (t[0].device.index or 0) == device]
+        mine = [t for t in triples if (t[0].device.index or 0) == device]
         with torch.cuda.stream(side):
             for wanted_later in (False, True):
                 for value, target, later in mine:
@@ -140,14 +146,17 @@ class TorchAdapter:
             return finished
 
     def stream(self, value: torch.Tensor, start_byte: int, length: int) -> memoryview:
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
-        return flat[start_byte : start_byte + length].cpu().numpy().data
+        start, stop = start_byte // value.element_size(), (start_byte + length) // value.element_size()
+        piece = elements(value.detach(), start, stop).cpu().resolve_conj().resolve_neg().contiguous()
+        return memoryview(piece.view(torch.uint8).numpy().data)
 
     def allocate(self, spec: ArraySpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
 
     def writable(self, value: torch.Tensor) -> memoryview | None:
         if value.device.type != "cpu" or not value.is_contiguous() or value.numel() == 0:
+            return None
+        if value.is_conj() or value.is_neg():
             return None
         return value.detach().view(-1).view(torch.uint8).numpy().data
 
@@ -176,15 +185,30 @@ def unpin(address: int) -> None:
             torch.cuda.cudart().cudaHostUnregister(address)
 
 
+def _refuse_strange(name: str, value: torch.Tensor) -> None:
+    """Subclasses that only decorate are fine. Wrappers (sharded, quantised, functional) keep their data elsewhere: their own pointer is
+    null and their dtype is not that of the bytes."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if torch.nn.parameter.is_lazy(value):
+        raise UnsupportedState(
+            f"{name or 'the state'}: a {kind} has no shape yet; run the module once before the run is restored or saved"
+        )
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedState(
+            f"{name or 'the state'}: a tensor of type {kind} keeps its data elsewhere and cannot be stored as it is; track the plain "
+            "tensors that it is made of"
+        )
+
+
 register_codec(torch.Size, "torch.Size", list, torch.Size)
-register_codec(
-    torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), lambda name: _dtype_named(name)
-)
 register_codec(torch.device, "torch.device", str, torch.device)
 
 
 def _dtype_named(name: object) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UnsupportedState(f"this torch has no dtype {name!r}")
-    return dtype
+    for dtype in vars(torch).values():
+        if isinstance(dtype, torch.dtype) and str(dtype) == f"torch.{name}":
+            return dtype
+    raise UnsupportedState(f"this torch has no dtype {name!r}")
+
+
+register_codec(torch.dtype, "torch.dtype", lambda dtype: str(dtype).removeprefix("torch."), _dtype_named)

@@ -5,6 +5,7 @@ rest becomes one JSON document in which whatever JSON cannot say is an object wi
 
     {"$": "array", "name": "model/weight", "of": "torch"}    {"$": "tuple", "v": [...]}     {"$": "dict", "v": [[key, value], ...]}
     {"$": "int", "v": "123…"} beyond ±2^53                   {"$": "float", "v": "nan"}     {"$": "bytes", "v": "base64"}
+    {"$": "str", "v": "base64"} where UTF-16 surrogates stand alone
     {"$": "npscalar", "dtype": "f32", "v": "base64"}         {"$": "set" | "odict" | "counter" | "complex" | "bytearray", "v": ...}
     {"$": "codec", "name": "...", "v": ...}                  a registered type
 
@@ -15,31 +16,37 @@ from __future__ import annotations
 
 import base64
 import binascii
+import gc
 import json
 import math
+import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from holdfast.checkpoint.arrays import DTYPE_BYTES, ArrayAdapter, NumpyAdapter, adapter_for
-from holdfast.core.errors import FormatError, UnsupportedState, UsageError
+from holdfast.checkpoint.arrays import DTYPE_BYTES, ArrayAdapter, ArraySpec, NumpyAdapter, adapter_for
+from holdfast.core.errors import FormatError, HoldfastError, UnsupportedState, UsageError
 
-__all__ = ["FlatTree", "Leaf", "decode_document", "flatten", "register_codec", "unflatten"]
+__all__ = ["FlatTree", "Leaf", "collector_paused", "decode_document", "flatten", "register_codec", "unflatten"]
 
 _EXACT_INT = 2**53
+_MAX_DIGITS = 4000
 _MAX_DEPTH = 100
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One array of a tree. `name` is its path, `/`-separated with `~1` for `/` and `~0` for `~` inside a component."""
+class Leaf(NamedTuple):
+    """One array of a tree. `name` is its path, `/`-separated with `~1` for `/` and `~0` for `~` inside a component; where two paths look
+    the same (the keys 1 and "1"), the later one gets `~2`, `~3` and so on at its end."""
 
     name: str
     value: Any
     adapter: ArrayAdapter
+    spec: ArraySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,26 @@ def register_codec(kind: type, name: str, encode: Callable[[Any], object], decod
 
 def _child(path: str, key: object) -> str:
     component = str(key).replace("~", "~0").replace("/", "~1")
+    if not component.isascii():
+        component = _SURROGATE.sub(lambda match: f"~{ord(match[0]):x}", component)
     return f"{path}/{component}" if path else component
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Thousands of small objects that stay would set off full collections, which cost more than everything else that is done here."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _is_plain(text: str) -> bool:
+    """Whether JSON gives the same text back: surrogates that stand alone may come back joined."""
+    return text.isascii() or _SURROGATE.search(text) is None
 
 
 def _base64(raw: bytes) -> str:
@@ -88,17 +114,20 @@ class _Flattener:
     def __init__(self) -> None:
         self.leaves: list[Leaf] = []
         self._by_identity: dict[tuple[object, ...], str] = {}
+        self._names: set[str] = set()
 
     def encode(self, value: Any, path: str, depth: int = 0) -> Any:
         if depth > _MAX_DEPTH:
             raise UnsupportedState(
-                f"{path}: the state is nested more than {_MAX_DEPTH} levels deep (or contains itself)"
+                f"{path[:200]}: the state is nested more than {_MAX_DEPTH} levels deep (or contains itself)"
             )
         kind = type(value)
-        if kind is str or kind is bool or value is None:
+        if kind is str:
+            return value if _is_plain(value) else {"$": "str", "v": _base64(value.encode("utf-8", "surrogatepass"))}
+        if kind is bool or value is None:
             return value
         if kind is int:
-            return value if -_EXACT_INT <= value <= _EXACT_INT else {"$": "int", "v": str(value)}
+            return value if -_EXACT_INT <= value <= _EXACT_INT else self._encode_big_int(value, path)
         if kind is float:
             return value if math.isfinite(value) else {"$": "float", "v": repr(value)}
         if kind is dict:
@@ -112,8 +141,15 @@ class _Flattener:
             return self._encode_array(adapter, value, path)
         return self._encode_rare(kind, value, path, depth)
 
+    def _encode_big_int(self, value: int, path: str) -> Any:
+        if value.bit_length() > 3.32 * _MAX_DIGITS:
+            raise UnsupportedState(
+                f"{path or 'the state'}: an integer of more than {_MAX_DIGITS} digits cannot be stored"
+            )
+        return {"$": "int", "v": str(value)}
+
     def _encode_dict(self, value: dict[Any, Any], path: str, depth: int) -> Any:
-        if all(type(key) is str and not key.startswith("$") for key in value):
+        if all(type(key) is str and not key.startswith("$") and _is_plain(key) for key in value):
             return {key: self.encode(item, _child(path, key), depth + 1) for key, item in value.items()}
         return {"$": "dict", "v": self._encode_items(value, path, depth)}
 
@@ -129,13 +165,23 @@ class _Flattener:
         return pairs
 
     def _encode_array(self, adapter: ArrayAdapter, value: Any, path: str) -> Any:
+        spec = adapter.spec(path, value)
         identity = adapter.identity(value)
         name = self._by_identity.get(identity)
         if name is None:
-            name = path
+            name = path if path not in self._names else self._free_name(path)
+            if name != path:
+                spec = spec._replace(name=name)
+            self._names.add(name)
             self._by_identity[identity] = name
-            self.leaves.append(Leaf(name, value, adapter))
+            self.leaves.append(Leaf(name, value, adapter, spec))
         return {"$": "array", "name": name, "of": adapter.library}
+
+    def _free_name(self, path: str) -> str:
+        number = 2
+        while f"{path}~{number}" in self._names:
+            number += 1
+        return f"{path}~{number}"
 
     def _encode_rare(self, kind: type, value: Any, path: str, depth: int) -> Any:
         if kind is bytes:
@@ -150,8 +196,9 @@ class _Flattener:
             return {"$": "counter", "v": self._encode_items(value, path, depth)}
         if kind is set:
             if not all(type(item) is str or type(item) is int for item in value):
-                raise UnsupportedState(f"{path}: only sets of str and int can be stored; use a list")
-            return {"$": "set", "v": sorted(value, key=lambda item: (type(item) is str, item))}
+                raise UnsupportedState(f"{path or 'the state'}: only sets of str and int can be stored; use a list")
+            ordered = sorted(value, key=lambda item: (type(item) is str, item))
+            return {"$": "set", "v": [self.encode(item, path) for item in ordered]}
         if isinstance(value, np.generic):
             array = np.asarray(value)
             return {"$": "npscalar", "dtype": NumpyAdapter().spec(path, array).dtype, "v": _base64(array.tobytes())}
@@ -171,7 +218,8 @@ def flatten(tree: object) -> FlatTree:
     Raises UnsupportedState, naming path and type, for anything that cannot be stored.
     """
     flattener = _Flattener()
-    document = flattener.encode(tree, "")
+    with collector_paused():
+        document = flattener.encode(tree, "")
     return FlatTree(
         json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii"), tuple(flattener.leaves)
     )
@@ -180,9 +228,13 @@ def flatten(tree: object) -> FlatTree:
 def decode_document(document: bytes) -> Any:
     """Parse a document to plain JSON values. Raises FormatError on anything that is not JSON."""
     try:
-        return json.loads(document)
+        return json.loads(document, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the checkpoint's state document is not valid: {type(error).__name__}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 class _Builder:
@@ -195,9 +247,9 @@ class _Builder:
         if isinstance(node, list):
             return [self.build(item, depth + 1) for item in node]
         if isinstance(node, dict):
-            tag = node.get("$")
-            if tag is None:
+            if "$" not in node:
                 return {key: self.build(item, depth + 1) for key, item in node.items()}
+            tag = node["$"]
             return self._build_tagged(tag, node, depth)
         return node
 
@@ -211,9 +263,9 @@ class _Builder:
                 return self._build_codec(node, depth)
             value = node["v"]
             if tag in _ITEMS:
-                return _ITEMS[tag]([(self.build(key), self.build(item, depth + 1)) for key, item in value])
+                return _ITEMS[tag]([self._build_item(pair, depth + 1) for pair in _list(value)])
             if tag in _SEQUENCES:
-                return _SEQUENCES[tag]([self.build(item, depth + 1) for item in value])
+                return _SEQUENCES[tag]([self.build(item, depth + 1) for item in _list(value)])
             if tag in _SCALARS:
                 return _SCALARS[tag](_text(value))
         except FormatError:
@@ -224,6 +276,13 @@ class _Builder:
             f"the checkpoint's state document holds an unknown entry {tag!r}; a newer holdfast may have written it"
         )
 
+    def _build_item(self, pair: object, depth: int) -> tuple[Any, Any]:
+        key, item = _list(pair)
+        built = self.build(key, depth)
+        if type(built) is not str and type(built) is not int:
+            raise FormatError(f"a key of type {type(built).__name__} in the checkpoint's state document")
+        return built, self.build(item, depth)
+
     def _build_codec(self, node: dict[str, Any], depth: int) -> Any:
         codec = _CODECS_BY_NAME.get(_text(node["name"]))
         if codec is None:
@@ -231,12 +290,26 @@ class _Builder:
                 f"the checkpoint holds a value of codec {node['name']!r}, which is not registered here; "
                 "call holdfast.register_codec for it before restoring"
             )
-        return codec.decode(self.build(node["v"], depth + 1))
+        value = self.build(node["v"], depth + 1)
+        try:
+            return codec.decode(value)
+        except HoldfastError:
+            raise
+        except Exception as error:
+            raise FormatError(
+                f"the codec {codec.name!r} could not decode a value of the checkpoint: {error}"
+            ) from error
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise FormatError(f"expected text in the checkpoint's state document, found {type(value).__name__}")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormatError(f"expected a list in the checkpoint's state document, found {type(value).__name__}")
     return value
 
 
@@ -251,14 +324,19 @@ def _special_float(text: str) -> float:
 
 
 def _big_int(text: str) -> int:
-    if len(text) > 4000 or not text.removeprefix("-").isdecimal():
-        raise FormatError("not an integer of at most 4000 digits")
+    digits = text.removeprefix("-")
+    if len(digits) > _MAX_DIGITS + 1 or not (digits.isascii() and digits.isdecimal()):
+        raise FormatError(f"not an integer of at most {_MAX_DIGITS} digits")
     return int(text)
 
 
-def _numpy_scalar(dtype: str, raw: bytes) -> Any:
-    from holdfast.checkpoint.arrays import ArraySpec
+def _complex(real: object, imaginary: object) -> complex:
+    if type(real) is not float or type(imaginary) is not float:
+        raise FormatError("a complex number consists of two floats")
+    return complex(real, imaginary)
 
+
+def _numpy_scalar(dtype: str, raw: bytes) -> Any:
     if dtype not in DTYPE_BYTES:
         raise FormatError(f"unknown dtype {dtype!r}")
     target = NumpyAdapter().allocate(ArraySpec("", dtype, (), (), (), "numpy"))
@@ -273,9 +351,10 @@ _ITEMS: dict[object, Callable[[list[tuple[Any, Any]]], Any]] = {
 _SEQUENCES: dict[object, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     "set": set,
-    "complex": lambda parts: complex(*parts),
+    "complex": lambda parts: _complex(*parts),
 }
 _SCALARS: dict[object, Callable[[str], Any]] = {
+    "str": lambda text: _bytes(text).decode("utf-8", "surrogatepass"),
     "int": _big_int,
     "float": _special_float,
     "bytes": _bytes,
@@ -288,4 +367,7 @@ def unflatten(document: Any, array: Callable[[str], Any]) -> Any:
 
     Raises FormatError for broken documents and UnsupportedState for codecs that are not registered.
     """
-    return _Builder(array).build(document)
+    try:
+        return _Builder(array).build(document)
+    except RecursionError:
+        raise FormatError("the checkpoint's state document is nested too deeply") from None

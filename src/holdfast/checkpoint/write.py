@@ -8,7 +8,7 @@ unless that would keep a mostly dead object alive.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,11 @@ __all__ = ["KnownChunks", "Written", "block_hashes", "write_checkpoint"]
 
 _MIN_LIVE_SHARE = 0.25
 """An old object is referred to only if at least this share of it is still wanted: storage stays within four times the live bytes."""
+
+
+_BATCH_BYTES = 4 << 20
+_Place = tuple[int, int]
+"""A chunk of the snapshot: the number of its array, and its own number there."""
 
 
 class _Location(NamedTuple):
@@ -119,9 +124,7 @@ def _pieces(snapshot: Snapshot) -> Iterator[_Piece]:
 class _Objects:
     """Packs new chunks into objects and puts each as soon as it is full."""
 
-    def __init__(
-        self, snapshot: Snapshot, store: Store, attempt: int, tokens: TokenSource, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, store: Store, attempt: int, tokens: TokenSource, pool: Executor) -> None:
         self._snapshot = snapshot
         self._store = store
         self._attempt = attempt
@@ -129,7 +132,7 @@ class _Objects:
         self._pool = pool
         self._open: list[_Piece] = []
         self._open_bytes = 0
-        self.placed: dict[tuple[int, int], tuple[int, int]] = {}
+        self.placed: dict[_Place, tuple[int, int]] = {}
         self.refs: list[ObjectRef] = []
         self.puts: list[Future[None]] = []
 
@@ -161,51 +164,75 @@ def write_checkpoint(
     sequence: int,
     known: KnownChunks,
     tokens: TokenSource,
-    hashing: ThreadPoolExecutor,
-    sending: ThreadPoolExecutor,
+    hashing: Executor,
+    sending: Executor,
 ) -> Written:
     """Make a snapshot durable. Raises what the store raises; what was uploaded by then is an orphan that a later attempt sweeps.
 
     `sequence` is the number of the head that will name it; together with a nonce it makes the checkpoint's name unique.
     """
     snapshot.complete()
-    pieces = list(_pieces(snapshot))
-    hashed = hashing.map(lambda piece: block_hashes(snapshot.read(piece.array, piece.start, piece.length)), pieces)
     objects = _Objects(snapshot, store, attempt, tokens, sending)
-    hashes: dict[tuple[int, int], bytes] = {}
-    matched: list[tuple[_Piece, _Location]] = []
-    fresh: dict[bytes, tuple[int, int]] = {}
-    repeats: dict[tuple[int, int], tuple[int, int]] = {}
     try:
-        for piece, piece_hashes in zip(pieces, hashed, strict=True):
-            place = (piece.array, piece.number)
-            hashes[place] = piece_hashes
-            location = known.find(piece_hashes)
-            if location is not None and location.length == piece.length:
-                matched.append((piece, location))
-            elif piece_hashes in fresh:
-                repeats[place] = fresh[piece_hashes]
-            else:
-                fresh[piece_hashes] = place
-                objects.add(piece)
-        referred = _worth_referring(matched)
-        for piece, location in matched:
-            if location.key not in referred:
-                objects.add(piece)
-        objects.flush()
+        part = _arrange(snapshot, objects, known, hashing)
         for put in objects.puts:
             put.result()
     except BaseException:
         for put in objects.puts:
             put.cancel()
+        # What is still being sent reads the snapshot's memory, which the caller fills anew.
+        wait(objects.puts)
         raise
-    part = _index(snapshot, objects, hashes, repeats, [match for match in matched if match[1].key in referred])
     name = f"checkpoints/{sequence:08d}-{attempt}-{tokens()}"
     root, root_blake3 = _put_index(snapshot, store, part, run_id, name)
     sent_bytes = sum(ref.size_bytes for ref in objects.refs)
     total_bytes = sum(spec.nbytes for spec in snapshot.layout.specs)
     sent_objects = frozenset(ref.key for ref in objects.refs)
     return Written(root, root_blake3, part, total_bytes, sent_bytes, total_bytes - sent_bytes, sent_objects)
+
+
+def _arrange(snapshot: Snapshot, objects: _Objects, known: KnownChunks, hashing: Executor) -> Part:
+    """Decide for every chunk where its bytes are, and start sending those that are nowhere yet."""
+    hashes: dict[_Place, bytes] = {}
+    first: dict[bytes, _Place] = {}
+    repeats: dict[_Place, _Place] = {}
+    matched: list[tuple[_Piece, _Location]] = []
+    for piece, piece_hashes in _hashed(snapshot, hashing):
+        place = (piece.array, piece.number)
+        hashes[place] = piece_hashes
+        original = first.setdefault(piece_hashes, place)
+        if original is not place:
+            repeats[place] = original
+            continue
+        location = known.find(piece_hashes)
+        if location is None:
+            objects.add(piece)
+        else:
+            matched.append((piece, location))
+    referred = _worth_referring(matched)
+    for piece, location in matched:
+        if location.key not in referred:
+            objects.add(piece)
+    objects.flush()
+    return _index(snapshot, objects, hashes, repeats, [match for match in matched if match[1].key in referred])
+
+
+def _hashed(snapshot: Snapshot, hashing: Executor) -> Iterator[tuple[_Piece, bytes]]:
+    """Every piece with its block hashes, in order. Small ones are hashed together: a task costs more than hashing a bias does."""
+    batches: list[list[_Piece]] = [[]]
+    batch_bytes = 0
+    for piece in _pieces(snapshot):
+        if batch_bytes + piece.length > _BATCH_BYTES:
+            batches.append([])
+            batch_bytes = 0
+        batches[-1].append(piece)
+        batch_bytes += piece.length
+
+    def hash_batch(batch: list[_Piece]) -> list[bytes]:
+        return [block_hashes(snapshot.read(piece.array, piece.start, piece.length)) for piece in batch]
+
+    for batch, batch_hashes in zip(batches, hashing.map(hash_batch, batches), strict=True):
+        yield from zip(batch, batch_hashes, strict=True)
 
 
 def _worth_referring(matched: list[tuple[_Piece, _Location]]) -> set[str]:
@@ -220,8 +247,8 @@ def _worth_referring(matched: list[tuple[_Piece, _Location]]) -> set[str]:
 def _index(
     snapshot: Snapshot,
     objects: _Objects,
-    hashes: dict[tuple[int, int], bytes],
-    repeats: dict[tuple[int, int], tuple[int, int]],
+    hashes: dict[_Place, bytes],
+    repeats: dict[_Place, _Place],
     matched: list[tuple[_Piece, _Location]],
 ) -> Part:
     homes: list[str] = []
@@ -236,7 +263,7 @@ def _index(
             refs.append(ObjectRef(home, location.key, location.object_bytes))
     placed = dict(objects.placed)
     placed |= {(piece.array, piece.number): (numbers[at.key], at.offset) for piece, at in matched}
-    placed |= {place: objects.placed[original] for place, original in repeats.items()}
+    placed |= {place: placed[original] for place, original in repeats.items()}
     arrays = []
     for index, spec in enumerate(snapshot.layout.specs):
         chunks = []

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from holdfast.cli.checkpoints import checkpoints_app
 from holdfast.cli.run import run
 from holdfast.core.contract import EXIT_USAGE
 from holdfast.core.errors import HoldfastError, RunConflict, UsageError
@@ -52,6 +53,7 @@ app.command(
     context_settings={"allow_interspersed_args": False},
     no_args_is_help=True,
 )(run)
+app.add_typer(checkpoints_app, name="checkpoints")
 
 
 def main() -> NoReturn:

@@ -1,7 +1,7 @@
 """Events become immutable segments under `events/`, one writer per process.
 
-`emit` only appends to a list, so nothing in the training loop waits for the network. Segments are closed when a checkpoint is about to
-be committed (so that everything logged up to a step is durable once that step is), and every few seconds in between.
+`emit` only appends to a list, so nothing in the training loop waits for the network. Segments are closed when a checkpoint is about
+to be committed (so that everything logged up to a step is durable once that step is), and every few seconds in between.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class Ledger:
         self._flush_every_s = flush_every_s
         self._pending: list[Event] = []
         self._segment = 0
+        self._closed_segment: tuple[str, bytes] | None = None
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._wake = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="holdfast-ledger", daemon=True)
         self._thread.start()
 
@@ -37,23 +39,32 @@ class Ledger:
             self._pending.append(event)
 
     def flush(self) -> None:
-        """Make everything emitted so far durable. Raises what the store raises; nothing is lost then."""
+        """Make everything emitted so far durable. Raises what the store raises; nothing is lost then.
+
+        A segment whose outcome is unknown is put again with the very same bytes: segments never change.
+        """
         with self._flushing:
+            self._send_closed()
             with self._lock:
                 events, self._pending = self._pending, []
-            if not events:
-                return
-            body = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
-            try:
-                self._store.put(f"events/{self._attempt:06d}-{self._node}-{self._segment:08d}.jsonl", body)
-            except BaseException:
-                with self._lock:
-                    self._pending = events + self._pending
-                raise
-            self._segment += 1
+            if events:
+                key = f"events/{self._attempt:06d}-{self._node}-{self._segment:08d}.jsonl"
+                self._segment += 1
+                self._closed_segment = (key, b"".join(msgspec.json.encode(event) + b"\n" for event in events))
+                self._send_closed()
+
+    def _send_closed(self) -> None:
+        if self._closed_segment is not None:
+            self._store.put(*self._closed_segment)
+            self._closed_segment = None
+
+    def nudge(self) -> None:
+        """Have the thread flush soon: something was emitted that should not die with the process."""
+        self._wake.set()
 
     def close(self) -> None:
         """Flush what can be flushed and stop the thread."""
+        self._closing = True
         self._wake.set()
         self._thread.join()
         try:
@@ -62,7 +73,9 @@ class Ledger:
             return
 
     def _work(self) -> None:
-        while not self._wake.wait(self._flush_every_s):
+        while not self._closing:
+            self._wake.wait(self._flush_every_s)
+            self._wake.clear()
             try:
                 self.flush()
             except HoldfastError:

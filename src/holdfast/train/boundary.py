@@ -7,14 +7,15 @@ checkpoint would lose: the save is deferred until it has stepped.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch._compile import _disable_dynamo
 
 __all__ = ["StepGate"]
 
+_COMPILE_REASON = "holdfast watches the steps of tracked optimizers, which fullgraph=True does not allow: compile optimizer.step without it"
 _STALE_AFTER_ITERATIONS = 100
 """Gradients that nothing has touched for this many iterations are left over from a phase of training that has ended."""
 
@@ -40,6 +41,23 @@ class _Watch:
         return iteration - self._unchanged_since < _STALE_AFTER_ITERATIONS
 
 
+def _with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """An optimizer may step through another one that it holds (SAM, Lookahead) and never be stepped itself."""
+    found = [optimizer]
+    for holder in found:
+        for value in vars(holder).values():
+            if isinstance(value, torch.optim.Optimizer) and not any(value is known for known in found):
+                found.append(value)
+    return found
+
+
+def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """A compiled step breaks its graph here, and one that must not (fullgraph) is refused with these words."""
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:
+        return cast("Callable[..., None]", torch.compiler.disable(hook, reason=_COMPILE_REASON))
+    return cast("Callable[..., None]", torch.compiler.disable(hook))
+
+
 class StepGate:
     """Watches every tracked optimizer, and tells the snapshot when one is about to write.
 
@@ -53,18 +71,20 @@ class StepGate:
         self._iteration = 0
         self._handles: list[Any] = []
         for watch in self._watches:
-            self._handles.append(watch.optimizer.register_step_pre_hook(self._pre_hook()))
-            self._handles.append(watch.optimizer.register_step_post_hook(self._post_hook(watch)))
+            after_step = self._post_hook(watch)
+            for optimizer in _with_inner(watch.optimizer):
+                self._handles.append(optimizer.register_step_pre_hook(self._pre_hook()))
+                self._handles.append(optimizer.register_step_post_hook(after_step))
 
     def _pre_hook(self) -> Callable[..., None]:
-        @_disable_dynamo
+        @_not_compiled
         def before_step(*_: object) -> None:
             self._before_write()
 
         return before_step
 
     def _post_hook(self, watch: _Watch) -> Callable[..., None]:
-        @_disable_dynamo
+        @_not_compiled
         def after_step(*_: object) -> None:
             watch.stepped = True
 

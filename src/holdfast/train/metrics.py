@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from holdfast.core.clock import Clock
@@ -94,10 +95,18 @@ def _copy_later(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.cud
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        if math.prod(value.shape) != 1:
+            raise UsageError(
+                f"log({name}=…): a figure has one element, this has the shape {tuple(value.shape)}; reduce it first"
+            )
+        value = value.item()
     try:
-        return float(value.detach() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"log({name}=…): {type(value).__qualname__} is not a figure; pass a number") from error
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"log({name}=…): a {type(value).__qualname__} is not a figure; pass a number") from error
 
 
 def _json(value: float) -> float | str:

@@ -43,6 +43,8 @@ def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tupl
     if environ.get(ENV_RUN):
         return environ[ENV_RUN], False
     stem = Path(script).stem
+    if stem == "__main__":  # python -m package
+        stem = Path(script).resolve().parent.name
     if not stem or stem in ("-c", "-m", "ipykernel_launcher"):
         raise UsageError("Run(): name the run's URL; there is no script to derive one from")
     return f"./runs/{stem}", True
@@ -60,7 +62,7 @@ def wants_fresh(fresh: bool, environ: Mapping[str, str]) -> bool:
 
 def identity_digest(structure: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
     """A digest of what is tracked and of the user's configuration."""
-    return digest(msgspec.json.encode([structure, config], order="deterministic", enc_hook=repr))
+    return digest(msgspec.json.encode([structure, config], order="deterministic"))
 
 
 def open_run(

@@ -66,13 +66,13 @@ class Pacing:
         self._triggers, self._bound, self._rate, self._clock = tuple(triggers), bound, rate, clock
         self._is_auto = any(isinstance(trigger, Auto) for trigger in triggers)
         self.meter = CostMeter()
-        self._saved_step = 0
+        self._saved_step = self._started_step = 0
         self._saved_s = self._boundary_s = self._started_s = clock.monotonic_s()
         self.decision = IntervalDecision(float("inf"), ())
 
     def begin(self, step: int) -> None:
         """The loop starts (again) at `step`, whose state is already saved or is the initial one."""
-        self._saved_step = step
+        self._saved_step = self._started_step = step
         self._saved_s = self._boundary_s = self._started_s = self._clock.monotonic_s()
         self.decide(0.0, None)
 
@@ -105,3 +105,8 @@ class Pacing:
     @property
     def elapsed_s(self) -> float:
         return self._clock.monotonic_s() - self._started_s
+
+    def seconds_per_step(self, step: int) -> float | None:
+        """The pace of this attempt; None before its first step."""
+        steps = step - self._started_step
+        return self.elapsed_s / steps if steps > 0 else None

@@ -7,7 +7,7 @@ not fit. Then the bytes go straight into the tensors (those of modules and array
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,8 @@ from holdfast.train.tracked import Tracked, Tracker
 __all__ = ["Loaded", "load_checkpoint", "read_tree"]
 
 _SHOWN_DIFFERENCES = 40
+_FIXED_KEYS = (torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
+_RETIRED_KEYS = {"verbose"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,17 @@ def load_checkpoint(
     differences = _missing(saved, tracker)
     plan: list[tuple[Tracked, Any]] = []
     destinations: dict[str, _Destination] = {}
+    own = read_tree(reader, pool, document.get("holdfast"))
+    parameters = tracker.parameters()
     for name, tracked in tracker:
-        if name in saved:
-            tree = _plan_object(reader, tracked, name, saved[name], destinations, differences)
+        if name not in saved:
+            continue
+        tree = _plan_object(reader, tracked, name, saved[name], destinations, differences)
+        if name in parameters:
+            tree = _fit_optimizer(name, tree, own.get("parameters", {}).get(name), parameters[name], differences)
+        elif isinstance(tracked.subject, _FIXED_KEYS):
+            tree = _fit_keys(name, tree, tracked.state(), differences)
+        if tree is not None:
             plan.append((tracked, tree))
     if strict and differences:
         raise _mismatch(reader, differences)
@@ -93,8 +103,21 @@ def load_checkpoint(
             if adapter is not None:
                 adapter.assign(target, item.array)
     for tracked, tree in plan:
+        _load(tracked, tree, tracker)
+    return Loaded(own, tuple(differences))
+
+
+def _load(tracked: Tracked, tree: Any, tracker: Tracker) -> None:
+    try:
         tracked.load(tree)
-    return Loaded(read_tree(reader, pool, document.get("holdfast")), tuple(differences))
+    except Exception as error:
+        name = next(name for name, other in tracker if other is tracked)
+        raise TrackedStateMismatch(
+            f"{name}: {type(tracked.subject).__qualname__} refuses the state in the checkpoint: {error}. The tracked objects "
+            "may hold undefined values. Was it made with other arguments when the checkpoint was saved? Otherwise start over "
+            "with fresh=True",
+            [f"{name}: {error}"],
+        ) from error
 
 
 def _missing(saved: dict[str, Any], tracker: Tracker) -> list[str]:
@@ -113,9 +136,9 @@ def _plan_object(
     differences: list[str],
 ) -> Any:
     """The tree to hand to `tracked.load`, with arrays that are still to be filled. Differences are appended."""
-    current = tracked.state()
-    own = dict(_arrays(current, ()))
     fixed = isinstance(tracked.subject, torch.nn.Module) or adapter_for(tracked.subject) is not None
+    current = tracked.state() if fixed else None
+    own = dict(_arrays(current, ()))
     if fixed and isinstance(node, dict) and isinstance(current, dict) and "$" not in node:
         node = _fit_module(reader, name, node, current, differences)
 
@@ -135,16 +158,50 @@ def _plan_object(
     tree = _Placing(reader, own if fixed else {}, destinations, array).build(node)
     if fixed and not isinstance(tracked.subject, torch.nn.Module):
         _compare(reader, name, node, tracked.subject, differences)
-    if isinstance(tracked.subject, torch.optim.Optimizer):
-        _compare_groups(name, tree, tracked.subject, differences)
     return tree
 
 
-def _compare_groups(name: str, tree: Any, optimizer: torch.optim.Optimizer, differences: list[str]) -> None:
-    saved = [len(group["params"]) for group in tree["param_groups"]]
-    here = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != here:
-        differences.append(f"{name}: parameter groups of {saved} tensors in the checkpoint, {here} here")
+def _fit_optimizer(
+    name: str, tree: Any, saved: list[list[Any]] | None, here: list[list[Any]], differences: list[str]
+) -> Any:
+    """An optimizer numbers its parameters: state must not reach another parameter than the one that it belongs to.
+
+    Returns the tree without the state of parameters that differ, or None where groups or their sizes differ.
+    """
+    numbers = [(group, number) for group, item in enumerate(tree["param_groups"]) for number in item["params"]]
+    if [group for group, _ in numbers] != [group for group, _, _ in here]:
+        differences.append(
+            f"{name}: parameter groups of {_sizes(numbers)} tensors in the checkpoint, {_sizes(here)} here"
+        )
+        return None
+    for (_, number), before, now in zip(numbers, saved or here, here, strict=True):
+        if before[2] != now[2]:
+            differences.append(
+                f"{name}: parameter {number} {now[1]} has the shape {before[2]} in the checkpoint, {now[2]} here"
+            )
+        elif before[1] != now[1]:
+            differences.append(
+                f"{name}: parameter {number} is {before[1] or 'unnamed'} in the checkpoint, {now[1] or 'unnamed'} here"
+            )
+        else:
+            continue
+        tree["state"].pop(number, None)
+    return tree
+
+
+def _sizes(members: Sequence[Sequence[Any]]) -> list[int]:
+    groups = [member[0] for member in members]
+    return [groups.count(group) for group in range(max(groups, default=-1) + 1)]
+
+
+def _fit_keys(name: str, tree: Any, current: Any, differences: list[str]) -> Any:
+    """A scheduler or scaler of another kind, or one that was off, has other keys. Private ones change with torch's versions."""
+    saved, here = ({key for key in side if not key.startswith("_")} for side in (tree, current))
+    if saved - _RETIRED_KEYS == here - _RETIRED_KEYS:
+        return tree
+    differences.extend(f"{name}.{key}: is in the checkpoint, but not here" for key in sorted(saved - here))
+    differences.extend(f"{name}.{key}: is here, but not in the checkpoint" for key in sorted(here - saved))
+    return None
 
 
 class _Placing:

@@ -9,42 +9,40 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from types import FrameType, TracebackType
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from holdfast.checkpoint.format import Head
+from holdfast.checkpoint.heads import Lineage
 from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
 from holdfast.checkpoint.retain import Keep
 from holdfast.checkpoint.saver import SaveHandle, Saver, SaveRequest, SaverOptions
-from holdfast.checkpoint.tree import FlatTree, Leaf, flatten
+from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock, SystemClock
 from holdfast.core.config import Bytes, Duration, format_bytes, format_duration, parse_bytes
-from holdfast.core.contract import ENV_CONTROL, ENV_PREVIOUS_STEP, EXIT_FENCED, Phase, ProgressPage
-from holdfast.core.errors import Fenced, HoldfastWarning, Preempted, UsageError
-from holdfast.core.events import Event
+from holdfast.core.contract import ENV_CONTROL, ENV_PREVIOUS_STEP, EXIT_FENCED, Phase
+from holdfast.core.errors import Fenced, Preempted, UsageError
 from holdfast.core.ids import TokenSource, random_token
-from holdfast.data.position import Position
-from holdfast.ledger.append import Ledger
 from holdfast.policy.interval import PreemptionRate, SaveEvery, parse_max_lost_work, parse_save_every
 from holdfast.store.base import Store
 from holdfast.store.open import normalise_url, open_store
 from holdfast.train.boundary import StepGate
-from holdfast.train.loader import ResumableLoader
-from holdfast.train.metadata import describe_environment, differences, hyperparameters
-from holdfast.train.metrics import Logger, Metrics
+from holdfast.train.metadata import describe_environment, describe_state, hidden
+from holdfast.train.metrics import Logger
 from holdfast.train.notes import remember
 from holdfast.train.opening import Claim, choose_url, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
+from holdfast.train.place import Place
+from holdfast.train.record import Record
 from holdfast.train.restoring import Loaded, load_checkpoint
-from holdfast.train.rng import capture_rng, restore_rng
-from holdfast.train.signals import Signals
+from holdfast.train.sample_seeds import IsolatedRandomness
+from holdfast.train.saves import Saves
+from holdfast.train.settings import Settings, plain_config
+from holdfast.train.signals import LeaveNow, Signals
 from holdfast.train.tracked import Tracker
 
 __all__ = ["Run"]
@@ -52,7 +50,14 @@ __all__ = ["Run"]
 Batch = TypeVar("Batch")
 _READ_THREADS = 8
 _LEAVE_WITHIN_S = 120.0
-_DEFERRAL_WARNING = 10_000
+_END = object()
+_SWAPPING_GENERATORS = (IsolatedRandomness.__enter__.__code__, IsolatedRandomness.__exit__.__code__)
+
+
+class StoreFactory(Protocol):
+    """Opens the store of a URL."""
+
+    def __call__(self, url: str, *, options: Mapping[str, str] | None = None) -> Store: ...
 
 
 class Run:
@@ -97,59 +102,42 @@ class Run:
         store_options: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         tokens: TokenSource = random_token,
+        open_store: StoreFactory = open_store,
     ) -> None:
         self._triggers = parse_save_every(save_every)
         self._bound = parse_max_lost_work(max_lost_work)
+        if max_unsaved < 0 or (seed is not None and seed < 0):
+            raise UsageError(f"max_unsaved ({max_unsaved}) and seed ({seed}) must not be negative")
         self._saver_options = SaverOptions(
             keep=Keep(last=keep),
             staging_cap_bytes=None if staging_cap is None else parse_bytes(staging_cap),
-            local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
             max_unsaved=max_unsaved,
             hash_threads=max(1, min(8, os.cpu_count() or 1)),
         )
-        if hyperparameters not in ("checkpoint", "script"):
-            raise UsageError(f'hyperparameters must be "checkpoint" or "script", not {hyperparameters!r}')
         script = sys.argv[0] if sys.argv else ""
         chosen, self._is_default_url = choose_url(None if url is None else os.fspath(url), os.environ, script)
         self._url = normalise_url(chosen)
-        self._config = dict(config) if config is not None else None
-        self._seed = seed
-        self._fresh, self._extend, self._strict, self._hyperparameters = fresh, extend, strict, hyperparameters
-        self._loggers, self._store_options = tuple(loggers), store_options
+        self._settings = Settings(plain_config(config), hyperparameters)
+        self._fresh, self._extend, self._strict = fresh, extend, strict
         self._clock: Clock = clock or SystemClock()
         self._tokens = tokens
+        self._open_store = lambda where: open_store(where, options=store_options)
         self._tracker = Tracker()
-        self._signals = Signals(self._abandon)
-        self._position = Position()
-        self._step = 0
-        self._store: Store | None = None
-        self._homes: dict[str, Store] = {}
+        self._record = Record(self._clock, loggers)
+        self._signals = Signals(self._can_stop_at)
+        self._place = Place(seed=seed, strict=strict, warn=self._record.warn)
+        self._stores: dict[str, Store] = {}
         self._claim: Claim | None = None
         self._saver: Saver | None = None
-        self._ledger: Ledger | None = None
-        self._metrics: Metrics | None = None
-        self._page: ProgressPage | None = None
-        self._gate: StepGate | None = None
-        self._pacing: Pacing | None = None
-        self._finished = False
+        self._saves: Saves | None = None
+        self._gate = StepGate({}, lambda: None)
         self._restored = False
         self._closed = False
         self._broken: str | None = None
-        self._loaders: dict[int, tuple[object, ResumableLoader]] = {}
-        self._loader_state: Any = None
-        self._current: ResumableLoader | None = None
-        self._batch_size: int | None = None
-        self._goal_epochs: int | None = None
-        self._phase: int | None = None
-        self._in_body = False
-        self._mutating = 0
-        self._interruptible = False
-        self._deferred_since: int | None = None
-        self._asked: SaveHandle | None = None
-        self._environment: dict[str, Any] = {}
-        self._script_hyperparameters: dict[str, Any] = {}
+        self._can_stop: Literal["waiting", "evaluating"] | None = None
 
-    # ---- what a script reads
+    # ---- what a script reads. Each of these restores first, so that it is never the answer of a run that has just begun.
 
     @property
     def url(self) -> str:
@@ -159,34 +147,35 @@ class Run:
     @property
     def id(self) -> str:
         """The run's identity, the same over all attempts: `wandb.init(id=run.id, resume="allow")`."""
-        self.restore()
-        return self._opened.record.run_id
+        return self._opened().record.run_id
 
     @property
     def step(self) -> int:
         """Completed iterations over all attempts; what was computed and lost does not count."""
-        return self._step
+        self._opened()
+        return self._place.step
 
     @property
     def epoch(self) -> int:
         """The epoch that the loop is in, from 0."""
-        return self._position.epoch
+        self._opened()
+        return self._place.position.epoch
 
     @property
     def batch(self) -> int:
         """Batches of this epoch's loop that are done; during an iteration, the number of the batch at hand."""
-        return self._position.batch
+        self._opened()
+        return self._place.position.batch
 
     @property
     def finished(self) -> bool:
         """True when the run was complete before this start: the loops yield nothing, and nothing is written."""
-        return self._finished
+        return self._opened().lineage is None
 
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1; for people. 0 for a finished run that is only read."""
-        self.restore()
-        lineage = self._opened.lineage
+        lineage = self._opened().lineage
         return 0 if lineage is None else lineage.head.attempt
 
     # ---- tracking and restoring
@@ -200,7 +189,8 @@ class Run:
         """
         if self._claim is not None:
             raise UsageError(
-                "track() comes before restore() and before the first loop: what is tracked is restored together"
+                "track() comes before restore(), before the first loop and before anything is asked of the run: what is tracked "
+                "is restored together"
             )
         self._tracker.add(objects)
 
@@ -214,73 +204,76 @@ class Run:
             raise UsageError(self._broken)
         if self._claim is not None:
             return self._restored
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self._closed:
+            raise UsageError("the run is closed; make a new Run to go on")
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UsageError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version checkpoints runs of one process. "
                 "Use one process, or keep your framework's own checkpoints for now"
             )
+        self._tracker.check()
         self._signals.install()
-        if os.environ.get(ENV_CONTROL):
-            self._page = ProgressPage(Path(os.environ[ENV_CONTROL]))
-            self._page.entered(Phase.RESTORING)
         try:
-            return self._open_and_load()
+            self._record.meet_agent(os.environ)
+            self._record.entered(Phase.RESTORING)
+            self._restored = self._open_and_load()
         except BaseException as error:
-            self._broken = f"restore() failed ({type(error).__name__}); the tracked objects may hold undefined values"
+            self._broken = (
+                f"restore() failed ({type(error).__name__}), so this run cannot go on; the error above says why"
+            )
+            self.close(wait=False)
             raise
+        return self._restored
 
     def _open_and_load(self) -> bool:
-        self._store = open_store(self._url, options=self._store_options)
-        self._environment = describe_environment()
-        self._script_hyperparameters = hyperparameters(self._tracker.optimizers())
-        fresh = wants_fresh(self._fresh, os.environ)
+        self._settings.observe(self._tracker.optimizers(), describe_environment())
         claim = open_run(
-            self._store,
+            self._home(self._url),
             is_default_url=self._is_default_url,
-            identity=identity_digest(self._tracker.describe(), self._config),
-            fresh=fresh,
+            identity=identity_digest(self._tracker.describe(), self._settings.config),
+            fresh=wants_fresh(self._fresh, os.environ),
             extend=self._extend,
             clock=self._clock,
             tokens=self._tokens,
-            warn=self._warn,
+            warn=self._record.warn,
         )
         self._claim = claim
-        self._finished = claim.lineage is None
         if claim.lineage is not None:
-            self._start_saver(claim, claim.lineage)
+            self._saver = self._start_saver(claim.lineage)
         restored = self._load(claim)
-        if self._seed is None:
-            self._seed = torch.initial_seed() & (2**63 - 1)
-        self._gate = StepGate(self._tracker.optimizers(), self._saver.release if self._saver else lambda: None)
-        self._pacing = Pacing(self._triggers, self._bound, self._rate(claim), self._clock)
-        self._pacing.begin(self._step)
+        if self._place.seed is None:
+            self._place.seed = torch.initial_seed() & (2**63 - 1)
+        if self._saver is not None:
+            self._saves = self._start_saves(self._saver, claim)
         self._announce(claim, restored)
-        self._restored = restored is not None
-        return self._restored
+        return restored is not None
 
-    def _start_saver(self, claim: Claim, lineage: Any) -> None:
-        attempt = lineage.head.attempt
-        if self._page is not None:
-            self._page.claimed(attempt)
-        self._ledger = Ledger(self._opened_store, attempt=attempt, node="0", clock=self._clock)
-        self._metrics = Metrics(self._ledger, self._loggers, self._clock)
-        self._saver = Saver(
-            self._opened_store,
+    def _start_saver(self, lineage: Lineage) -> Saver:
+        return Saver(
+            self._home(self._url),
             lineage,
             options=self._saver_options,
-            open_home=self._open_home,
+            open_home=self._home,
             clock=self._clock,
             tokens=self._tokens,
-            sink=self._ledger,
-            before_commit=self._flush_record,
-            committed=lambda ref: self._page.committed(ref.step) if self._page is not None else None,
+            sink=self._record.open(self._home(self._url), lineage.head.attempt),
+            before_commit=self._record.flush,
+            committed=lambda ref: self._record.committed(ref.step),
         )
 
-    def _flush_record(self) -> None:
-        """Before a commit: what was logged up to a step is durable once that step is."""
-        if self._metrics is not None and self._ledger is not None:
-            self._metrics.settle(wait=True)
-            self._ledger.flush()
+    def _start_saves(self, saver: Saver, claim: Claim) -> Saves:
+        self._gate = StepGate(self._tracker.optimizers(), saver.release)
+        pacing = Pacing(self._triggers, self._bound, self._rate(claim), self._clock)
+        pacing.begin(self._place.step)
+        return Saves(saver, self._gate, pacing, self._place, self._capture, self._record)
+
+    def _rate(self, claim: Claim) -> PreemptionRate:
+        """What this run itself has seen: every attempt but this one ended before its time."""
+        head = claim.head
+        if head is None or claim.record.created_unix_s == 0:
+            return PreemptionRate()
+        exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
+        return PreemptionRate().observed(max(0, head.attempt - 1), exposure_s)
 
     def _load(self, claim: Claim) -> CheckpointReader | None:
         head = claim.head
@@ -291,9 +284,7 @@ class Run:
             def load(reader: CheckpointReader) -> tuple[CheckpointReader, Loaded]:
                 return reader, load_checkpoint(reader, self._tracker, pool, strict=self._strict)
 
-            found = restore_newest(
-                self._opened_store, head, self._open_home, load, fell_back=lambda fallback: self._fell_back(fallback)
-            )
+            found = restore_newest(self._home(self._url), head, self._home, load, fell_back=self._fell_back)
         if found is None:
             return None
         reader, loaded = found
@@ -302,251 +293,161 @@ class Run:
 
     def _adopt(self, reader: CheckpointReader, loaded: Loaded) -> None:
         for line in loaded.skipped:
-            self._warn(f"strict=False left this out: {line}")
-        own = loaded.own
-        self._step = int(own["step"])
-        self._position = Position.from_json(own["position"])
-        self._loader_state = own["loader"]
-        if self._seed is not None and self._seed != own["seed"]:
-            self._warn(f"seed={self._seed} is ignored: this run's data order was begun with seed {own['seed']}")
-        self._seed = int(own["seed"])
-        self._compare_settings(reader.root.metadata)
+            self._record.warn(f"strict=False left this out: {line}")
+        asked, place = self._place.seed, self._place
+        for line in place.resume(loaded.own):
+            self._record.warn(line)
+        if asked is not None and asked != place.seed:
+            self._record.warn(f"seed={asked} is ignored: this run's data order was begun with seed {place.seed}")
+        self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
         if self._saver is not None:
             self._saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
             self._saver.roots.remember(reader.root)
-        for line in restore_rng(own["rng"]):
-            self._warn(line)
-
-    def _compare_settings(self, saved: Mapping[str, Any]) -> None:
-        """Show what changed since the checkpoint, and apply the rule for hyperparameters."""
-        lines = differences(saved.get("environment", {}), self._environment)
-        lines += differences({"config": saved.get("config")}, {"config": self._config})
-        changed = differences(saved.get("script_hyperparameters", {}), self._script_hyperparameters)
-        for line in lines:
-            self._say(f"changed since the checkpoint: {line}")
-        if not changed:
-            return
-        if self._hyperparameters == "script":
-            self._apply_script_hyperparameters(saved.get("script_hyperparameters", {}))
-            rule = "applied (hyperparameters='script'); a tracked LR scheduler may set the learning rate again"
-        else:
-            rule = "NOT applied: the checkpoint's settings are in force. Pass hyperparameters='script' to apply them"
-            self._script_hyperparameters = dict(saved.get("script_hyperparameters", {}))
-        for line in changed:
-            self._say(f"the script changed {line}: {rule}")
-
-    def _apply_script_hyperparameters(self, saved: Mapping[str, Any]) -> None:
-        for name, optimizer in self._tracker.optimizers().items():
-            before_groups = saved.get(name, [])
-            for group, before, now in zip(
-                optimizer.param_groups, before_groups, self._script_hyperparameters[name], strict=False
-            ):
-                for key, value in now.items():
-                    if differences(before.get(key), value):
-                        group[key] = value
 
     def _fell_back(self, fallback: Fallback) -> None:
-        self._warn(
-            f"the checkpoint of step {fallback.checkpoint.step} does not verify and is passed over for an older one: {fallback.reason}"
+        self._record.warn(
+            f"the checkpoint of step {fallback.checkpoint.step} does not verify and is passed over for an older one: "
+            f"{fallback.reason}"
         )
-        self._emit("restore.fell_back", checkpoint=fallback.checkpoint.name, reason=fallback.reason)
-
-    def _rate(self, claim: Claim) -> PreemptionRate:
-        """What this run itself has seen: every attempt but this one ended before its time."""
-        head = claim.head
-        if head is None or claim.record.created_unix_s == 0:
-            return PreemptionRate()
-        exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
-        return PreemptionRate().observed(max(0, head.attempt - 1), exposure_s)
+        self._record.emit("restore.fell_back", checkpoint=fallback.checkpoint.name, reason=fallback.reason)
 
     def _announce(self, claim: Claim, restored: CheckpointReader | None) -> None:
+        step, position, record = self._place.step, self._place.position, self._record
         if claim.lineage is None:
-            self._say(
-                f"{self._url}: this run is finished at step {self._step}; nothing is trained. Go on with extend=True"
-            )
-            self._enter(Phase.FINISHED)
+            record.say(f"{self._url}: this run is finished at step {step}; nothing is trained. Go on with extend=True")
+            record.entered(Phase.FINISHED)
             return
-        previous = int(os.environ.get(ENV_PREVIOUS_STEP, "-1"))
-        self._emit(
+        previous = int(os.environ.get(ENV_PREVIOUS_STEP) or -1)
+        record.emit(
             "attempt.started",
-            step=self._step,
-            epoch=self.epoch,
+            step=step,
+            epoch=position.epoch,
             previous_step=previous,
             restored=restored.ref.name if restored else None,
-            environment=self._environment,
+            environment=self._settings.environment,
         )
-        where = f"resumes at step {self._step} (epoch {self.epoch}, batch {self.batch})" if restored else "starts"
-        lost = f"; {previous - self._step} steps are computed again" if previous > self._step else ""
-        self._say(f"{self._url}: attempt {claim.lineage.head.attempt} {where}{lost}")
-        if self._page is not None:
-            self._page.restored(self._step)
-        self._enter(Phase.TRAINING)
+        where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if restored else "starts"
+        lost = f"; {previous - step} steps are computed again" if previous > step else ""
+        record.say(f"{self._url}: attempt {claim.lineage.head.attempt} {where}{lost}")
+        record.restored(step)
+        record.entered(Phase.TRAINING)
 
     # ---- loops
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are left, starting in the one that the checkpoint was made in."""
-        self.restore()
-        if self._finished:
+        if self._opened().lineage is None:
             return
-        self._goal_epochs = total
-        while self._position.epoch < total:
-            self._phase = -1
-            yield self._position.epoch
-            self._position = self._position.next_epoch()
-            self._phase = None
-            self._boundary(epoch_ended=True)
+        token = self._place.enter_epochs(total)
+        try:
+            while self._place.position.epoch < total:
+                yield self._place.begin_epoch()
+                self._place.leave_open_loop(counts=self._gate.any_stepped)
+                self._place.end_epoch()
+                self._boundary(epoch_ended=True)
+        finally:
+            self._place.leave_epochs(token)
 
     def batches(self, loader: Iterable[Batch], *, epochs: int | None = None) -> Iterator[Batch]:
         """The batches that are left of this epoch, starting at the exact next one; with `epochs`, of all epochs in one loop.
 
-        Inside `epochs()`, several loops over batches may follow each other in one epoch; those that are done are skipped.
+        Inside `epochs()`, several loops over batches may follow each other in one epoch; those that are done are skipped. Code
+        between two loops runs again when the second is resumed. Outside of `epochs()` and without `epochs`, it is one pass.
         """
-        if epochs is not None:
-            for _ in self.epochs(epochs):
-                yield from self._iterate(loader, nested=False)
-        elif self._phase is None:
-            for _ in self.epochs(1):
-                yield from self._iterate(loader, nested=False)
-        else:
-            yield from self._iterate(loader, nested=True)
-
-    def _iterate(self, loader: Iterable[Batch], *, nested: bool) -> Iterator[Batch]:
-        self._phase = (self._phase if self._phase is not None else -1) + 1
-        if self._phase < self._position.phase:
+        if epochs is None and self._place.in_iteration:
+            yield from self._one_loop(loader, nested=True)
             return
-        if self._phase > self._position.phase:
-            self._position = self._position.next_phase()
-        resumable = self._current = self._resumable(loader)
+        self._place.refuse_second_loop()
+        if epochs is None:
+            self._place.refuse_second_pass()
+        for _ in self.epochs(1 if epochs is None else epochs):
+            yield from self._one_loop(loader, nested=False)
+
+    def _one_loop(self, loader: Iterable[Batch], *, nested: bool) -> Iterator[Batch]:
+        place, gate, saves = self._place, self._gate, self._saves
+        token = place.enter_loop(loader)
+        if token is None or saves is None or place.current is None:
+            return
+        self._tracker.driven(loader)
         # What is only held in memory was for leaving during the code between two loops.
-        self._drop_held()
-        for batch in resumable.iterate(self._position.epoch, self._position.batch):
-            self._in_body = True
-            if self._gate is not None:
-                self._gate.begin_iteration()
-            try:
-                yield batch
-            except GeneratorExit:
-                self._broken_off()
-                raise
-            self._in_body = False
-            self._position = self._position.after_batch()
-            self._step += 1
-            self._boundary()
+        saves.drop_held()
+        can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting else None
+        stream = place.current.iterate(place.position.epoch, place.position.batch)
+        try:
+            while True:
+                try:
+                    self._can_stop = can_stop
+                    batch = next(stream, _END)
+                    self._can_stop = None
+                except LeaveNow:
+                    self._leave()
+                if batch is _END:
+                    break
+                place.batch_begins()
+                gate.begin_iteration()
+                yield batch  # type: ignore[misc]
+                # The user may let go of a batch while the next one is made: so must we.
+                del batch
+                place.batch_done()
+                self._boundary()
+        finally:
+            self._can_stop = None
+            place.leave_loop(token, counts=gate.any_stepped)
         if nested:
-            self._hold()
-
-    def _resumable(self, loader: Iterable[Any]) -> ResumableLoader:
-        known = self._loaders.get(id(loader))
-        if known is None:
-            made = ResumableLoader(loader, seed=self._seed or 0, warn=self._warn)
-            known = self._loaders[id(loader)] = (loader, made)
-            if self._loader_state is not None:
-                made.load_state(self._loader_state)
-                self._loader_state = None
-        self._batch_size = getattr(loader, "batch_size", None)
-        return known[1]
-
-    def _broken_off(self) -> None:
-        """The user left the loop with `break`. The batch counts as consumed if an optimizer stepped on it."""
-        if self._closed or self._gate is None or not self._in_body:
-            return
-        self._in_body = False
-        if self._gate.any_stepped:
-            self._position = self._position.after_batch()
-            self._step += 1
+            saves.hold()
 
     # ---- boundaries and saves
 
     def _boundary(self, *, epoch_ended: bool = False) -> None:
-        saver, gate, pacing = self._saver, self._gate, self._pacing
-        if saver is None or gate is None or pacing is None:
+        saves = self._saves
+        if saves is None:
             return
-        if self._page is not None:
-            self._page.stepped(self._step)
-        saver.check(self._warn)
-        reason = pacing.boundary(self._step, epoch_ended=epoch_ended, busy=saver.busy)
-        if reason is None and (self._asked is not None or self._deferred_since is not None):
-            reason = "asked for"
-        leaving = self._signals.leaving
-        if leaving is not None:
-            reason = "leaving"
-        if reason is not None and self._may_copy(gate):
-            if leaving is not None:
-                self._leave(leaving)
-            self._save(reason)
-
-    def _may_copy(self, gate: StepGate) -> bool:
-        """False in a region where the state must not be copied, and in the middle of a gradient accumulation."""
-        name = gate.accumulating() if not self._mutating else None
-        if not self._mutating and name is None:
-            self._deferred_since = None
-            return True
-        if self._deferred_since is None:
-            self._deferred_since = self._step
-        elif self._step - self._deferred_since == _DEFERRAL_WARNING:
-            self._warn(
-                f"a save has been deferred for {_DEFERRAL_WARNING} steps, "
-                + (
-                    f"because {name!r} keeps collecting gradients and never steps"
-                    if name
-                    else "because of run.mutating()"
-                )
-            )
-        return False
+        self._record.stepped(self._place.step)
+        saves.check()
+        if self._signals.leaving is None:
+            saves.boundary(epoch_ended=epoch_ended)
+        elif saves.may_copy():
+            self._leave()
 
     def save(self) -> SaveHandle:
-        """Save at the next step boundary: inside an iteration, when it ends; between loops, now. Returns a handle at once.
+        """Save at the next step boundary, and return a handle at once.
 
-        A failure shows when `handle.wait()` is called, and as a warning at a later boundary; see `max_unsaved`.
+        Inside an iteration of a loop, over batches or over epochs, the save is made when that iteration is complete: only there
+        does a resume repeat nothing and leave nothing out. Outside of loops it is made now. A failure shows when
+        `handle.wait()` is called, and as a warning at a later boundary; see `max_unsaved`.
         """
-        self.restore()
-        if self._saver is None:
+        self._opened()
+        if self._saves is None:
             raise UsageError(f"{self._url}: the run is finished and only read; pass extend=True to go on")
-        if not self._in_body:
-            return self._save("asked for")
-        if self._asked is None:
-            self._asked = SaveHandle(self._step + 1)
-        return self._asked
+        if self._closed:
+            raise UsageError("the run is closed: nothing can be saved any more")
+        return self._saves.ask()
 
-    def _request(self, reason: str, *, finish: bool = False) -> SaveRequest:
+    def _capture(self, reason: str, finish: bool) -> SaveRequest:
+        place, tracker = self._place, self._tracker
+        own = {**place.state(), "parameters": tracker.parameters()}
+        metadata = {
+            "step": place.step,
+            "epoch": place.position.epoch,
+            "batch": place.position.batch,
+            **describe_state(tracker.optimizers(), tracker.modules()),
+            "batch_size": place.batch_size,
+            "seed": place.seed,
+            "world_size": 1,
+            "config": hidden(self._settings.config),
+            "script_hyperparameters": self._settings.script,
+            "environment": self._settings.environment,
+            "tracked": tracker.names(),
+        }
         return SaveRequest(
-            flat=self._flatten(),
-            step=self._step,
-            epoch=self.epoch,
-            metadata=self._metadata(),
+            flat=flatten({"tracked": tracker.state(), "holdfast": own}),
+            step=place.step,
+            epoch=place.position.epoch,
+            metadata=metadata,
             reason=reason,
             deferrable=self._deferrable(),
             finish=finish,
         )
-
-    def _save(self, reason: str, *, finish: bool = False) -> SaveHandle:
-        saver, pacing = self._saver, self._pacing
-        if saver is None or pacing is None:
-            raise UsageError("the run is not open")
-        asked, self._asked = self._asked, None
-        self._deferred_since = None
-        handle = saver.save(self._request(reason, finish=finish), asked)
-        pacing.saved(self._step, saver.stall_s_of_last)
-        pacing.decide(saver.durable_s_of_last, self._expected_runtime_s(pacing))
-        return handle
-
-    def _expected_runtime_s(self, pacing: Pacing) -> float | None:
-        """From the pace of this attempt, when the loop's length is known."""
-        length = self._current.batches_per_epoch if self._current is not None else None
-        if not length or not self._goal_epochs or self._step == 0:
-            return None
-        return pacing.elapsed_s * self._goal_epochs * length / self._step
-
-    def _flatten(self) -> FlatTree:
-        own = {
-            "step": self._step,
-            "position": self._position.to_json(),
-            "seed": self._seed,
-            "loader": self._current.state() if self._current is not None and self._position.batch else None,
-            "rng": capture_rng(),
-        }
-        return flatten({"tracked": self._tracker.state(), "holdfast": own})
 
     def _deferrable(self) -> Callable[[Leaf], bool]:
         """On CUDA, parameters and optimizer state are written by optimizers only, so their copy may overlap forward and backward."""
@@ -563,39 +464,6 @@ class Run:
                         )
         return lambda leaf: isinstance(leaf.value, torch.Tensor) and leaf.value.data_ptr() in owned
 
-    def _metadata(self) -> dict[str, Any]:
-        rates = {
-            name: [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-            for name, optimizer in self._tracker.optimizers().items()
-        }
-        dtypes = sorted({str(p.dtype) for module in self._tracker.modules().values() for p in module.parameters()})
-        return {
-            "step": self._step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "learning_rates": rates,
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "precision": dtypes,
-            "world_size": 1,
-            "config": self._config,
-            "script_hyperparameters": self._script_hyperparameters,
-            "environment": self._environment,
-            "tracked": self._tracker.names(),
-        }
-
-    def _hold(self) -> None:
-        """At the end of a loop over batches: keep the state in memory, in case the code that follows is interrupted."""
-        if self._saver is not None and self._pacing is not None and self._gate is not None:
-            if self._pacing.unsaved_steps(self._step) > 0 and self._may_copy(self._gate):
-                self._saver.hold(self._request("interrupted between loops"))
-            else:
-                self._deferred_since = None
-
-    def _drop_held(self) -> None:
-        if self._saver is not None:
-            self._saver.drop_held()
-
     # ---- regions
 
     @contextmanager
@@ -605,80 +473,77 @@ class Run:
         Between loops over batches, a SIGTERM ends it at once and the state from before is saved. Inside an iteration it is run
         to its end first, since the iteration is not complete.
         """
-        self.restore()
-        self._interruptible = not self._in_body and self._saver is not None
-        self._enter(Phase.EVALUATING)
+        self._opened()
+        saves, place = self._saves, self._place
+        self._record.entered(Phase.EVALUATING)
+        if saves is not None and not place.in_iteration:
+            saves.hold()
         try:
-            if self._signals.leaving is not None:
-                self._abandon(self._signals.leaving)
+            # After a `break` nothing is held: it cannot be told from an exception, which must not make a checkpoint.
+            self._can_stop = "evaluating" if saves is not None and not place.in_batch and not place.cut else None
+            if self._can_stop and self._signals.leaving is not None:
+                raise LeaveNow
             yield
+            self._can_stop = None
+        except LeaveNow:
+            if saves is not None:
+                self._depart(saves.leave_with_held(_LEAVE_WITHIN_S))
         finally:
-            self._interruptible = False
-            self._enter(Phase.TRAINING)
+            self._can_stop = None
+            self._record.entered(Phase.TRAINING)
 
     @contextmanager
     def mutating(self) -> Iterator[None]:
         """A region in which the tracked state must not be copied: EMA weights swapped in, the ascent step of SAM."""
-        if self._saver is not None:
-            self._saver.release()
-        self._mutating += 1
-        try:
+        self._opened()
+        if self._saves is None:
             yield
-        finally:
-            self._mutating -= 1
+            return
+        with self._saves.mutating():
+            yield
 
-    def _abandon(self, code: int) -> None:
-        """From the signal handler: inside an interruptible region, leave at once with what was held."""
-        if self._interruptible and self._saver is not None:
-            self._interruptible = False
-            self._saver.commit_held()
-            self._depart(code)
+    def _can_stop_at(self, frame: FrameType | None) -> bool:
+        """In the signal handler. An evaluation may be given up anywhere, since what is saved was held before it. While a batch is
+        awaited the live state is saved, so it must be at a boundary, and the generators must not be half swapped."""
+        if self._can_stop == "evaluating":
+            return True
+        if self._can_stop is None or self._saves is None:
+            return False
+        while frame is not None:
+            if frame.f_code in _SWAPPING_GENERATORS:
+                return False
+            frame = frame.f_back
+        return self._saves.may_copy()
 
     # ---- record
 
     def log(self, **figures: Any) -> None:
         """Record figures of this step (numbers, or tensors of one element). Never waits for the GPU."""
-        self.restore()
-        if self._metrics is not None:
-            self._metrics.log(self._step, self.epoch, figures)
+        self._opened()
+        self._record.log(self._place.step, self._place.position.epoch, figures)
 
     def remember(self, name: str, make: Callable[[], str]) -> str:
         """A text that is made once and is the same in all attempts: an experiment id that a tracking server hands out."""
-        self.restore()
-        return remember(self._opened_store, name, make)
-
-    def _emit(self, name: str, **fields: Any) -> None:
-        if self._ledger is not None:
-            self._ledger.emit(Event(name, self._clock.unix_s(), fields))
-
-    def _say(self, message: str) -> None:
-        print(f"holdfast: {message}", file=sys.stderr, flush=True)
-
-    def _warn(self, message: str) -> None:
-        self._emit("warning", message=message)
-        warnings.warn(message, HoldfastWarning, stacklevel=4)
-
-    def _enter(self, phase: Phase) -> None:
-        if self._page is not None:
-            self._page.entered(phase)
+        self._opened()
+        return remember(self._home(self._url), name, make)
 
     # ---- leaving
 
-    def _leave(self, code: int) -> None:
+    def _leave(self) -> None:
         """At a boundary, told to go: save what is new, wait until it is durable, leave."""
-        if self._pacing is not None and (self._pacing.unsaved_steps(self._step) > 0 or self._asked is not None):
-            self._save("leaving")
-        self._depart(code)
+        if self._saves is not None:
+            self._record.entered(Phase.LEAVING)
+            self._depart(self._saves.leave_with_live(_LEAVE_WITHIN_S))
 
-    def _depart(self, code: int) -> None:
-        self._enter(Phase.LEAVING)
-        saver = self._saver
-        saved = saver is not None and saver.drain(_LEAVE_WITHIN_S)
-        self._emit("attempt.leaving", step=self._step, code=code, drained=saved)
-        if saver is not None:
-            saver.check(self._warn)
-        self._say(f"leaving at step {self._step} with exit code {code}; start the same command again to go on")
-        raise Preempted(code)
+    def _depart(self, durable: bool) -> None:
+        code, step = self._signals.leaving or 0, self._place.step
+        self._record.entered(Phase.LEAVING)
+        self._record.emit("attempt.leaving", step=step, code=code, drained=durable)
+        if self._saves is not None:
+            self._saves.stop_if_fenced()
+        saved = "" if durable else "; the newest steps could NOT be saved and will be computed again"
+        self._record.say(f"leaving at step {step} with exit code {code}{saved}; start the same command again to go on")
+        raise Preempted(code) from None
 
     def __enter__(self) -> Run:
         return self
@@ -686,70 +551,64 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leaving normally makes the last checkpoint and marks the run finished. An exception makes none: the step is incomplete."""
+        """Leaving normally after a loop makes the last checkpoint and marks the run finished, also when the loop was left with `break`.
+
+        An exception makes no checkpoint: the step is incomplete. A run that was only restored is left as it is.
+        """
         try:
-            if kind is None and self._saver is not None and self._broken is None:
-                self._finish(self._saver)
+            if error is None and self._saves is not None and not self._closed and self._place.has_looped:
+                self._finish(self._saves)
             elif error is not None and not isinstance(error, Preempted | Fenced):
-                self._emit("attempt.failed", step=self._step, error=f"{type(error).__name__}: {error}")
+                self._record.emit("attempt.failed", step=self._place.step, error=f"{type(error).__name__}: {error}")
         finally:
             self.close(wait=not isinstance(error, KeyboardInterrupt | Fenced))
         if isinstance(error, Fenced) and ENV_CONTROL in os.environ:
-            self._say(str(error))
+            self._record.say(str(error))
             raise SystemExit(EXIT_FENCED) from error
 
-    def _finish(self, saver: Saver) -> None:
-        if self._signals.leaving is not None:
-            self._leave(self._signals.leaving)
-        self._in_body = False
-        ref = self._save("finished", finish=True).wait()
-        self._enter(Phase.FINISHED)
-        self._say(
-            f"finished at step {ref.step} after {format_duration(self._pacing.elapsed_s if self._pacing else 0.0)}"
-        )
-        self._emit("attempt.finished", step=ref.step)
+    def _finish(self, saves: Saves) -> None:
+        """The loops are done, so a wish to leave is granted by finishing: it costs the same one save, and nothing has to come back."""
+        self._place.leave_open_loop(counts=self._gate.any_stepped)
+        ref = saves.save("finished", finish=True).wait()
+        self._record.entered(Phase.FINISHED)
+        self._record.say(f"finished at step {ref.step} after {format_duration(saves.elapsed_s)}")
+        self._record.emit("attempt.finished", step=ref.step)
 
     def close(self, *, wait: bool = True) -> None:
         """Let go of everything. With `wait`, saves that are under way are finished first. Marks nothing as finished."""
         if self._closed:
             return
         self._closed = True
-        if self._gate is not None:
-            self._gate.remove()
-        if self._saver is not None:
-            self._saver.close(timeout_s=_LEAVE_WITHIN_S if wait else 0.0)
-        if self._metrics is not None and wait:
-            self._metrics.settle(wait=True)
-            self._metrics.tell()
-        if self._ledger is not None:
-            self._ledger.close()
-        if self._page is not None:
-            self._page.close()
-            self._page = None
-        self._signals.remove()
+        timeout_s = _LEAVE_WITHIN_S if wait else 0.0
+        try:
+            if self._saves is not None:
+                self._saves.close(timeout_s)
+            elif self._saver is not None:
+                self._saver.close(timeout_s=timeout_s)
+        finally:
+            try:
+                self._record.close(wait=wait)
+            finally:
+                self._signals.remove()
 
     # ---- internals
 
-    @property
     def _opened(self) -> Claim:
+        """The claim; the first that needs it restores."""
+        if self._claim is None or self._broken:
+            self.restore()
         if self._claim is None:
-            raise UsageError("the run has not been opened; call restore() or start a loop")
+            raise UsageError("the run has not been opened")
         return self._claim
 
-    @property
-    def _opened_store(self) -> Store:
-        if self._store is None:
-            raise UsageError("the run has not been opened; call restore() or start a loop")
-        return self._store
-
-    def _open_home(self, url: str) -> Store:
-        """The store of another run that a fork refers to."""
-        known = self._homes.get(url)
+    def _home(self, url: str) -> Store:
+        """The store of this run, or of another one that a fork refers to."""
+        known = self._stores.get(url)
         if known is None:
-            known = self._homes[url] = open_store(url, options=self._store_options)
+            known = self._stores[url] = self._open_store(url)
         return known
 
     def __repr__(self) -> str:
-        head: Head | None = self._claim.head if self._claim else None
+        head = self._claim.head if self._claim else None
         size = format_bytes(head.checkpoints[-1].total_bytes) if head and head.checkpoints else "no checkpoint"
-        return f"<Run {self._url} step {self._step}, {size}>"
+        return f"<Run {self._url} step {self._place.step}, {size}>"

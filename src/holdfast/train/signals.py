@@ -1,11 +1,13 @@
-"""SIGTERM and Ctrl-C, turned into flags that the loop looks at when it is safe.
+"""SIGTERM and Ctrl-C, turned into a wish to leave that the loop grants when it is safe.
 
 SIGTERM: finish the step, save, leave with the preempted exit code. Ctrl-C: the same with the interrupted code; a second Ctrl-C leaves
-at once. Inside a region that may be abandoned (an evaluation, which is done again after resume) the signal ends it immediately.
+at once. Where the code that runs can be given up (an evaluation, which is done again after resume; waiting for a batch), the wish is
+raised as `LeaveNow` and whoever opened that region catches it. The handler itself does nothing else: what it interrupts may hold locks.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -14,15 +16,22 @@ from typing import Any
 
 from holdfast.core.contract import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-__all__ = ["Signals"]
+__all__ = ["LeaveNow", "Signals"]
+
+
+class LeaveNow(BaseException):
+    """Raised by the signal handler inside a region that can be given up. Never leaves holdfast."""
 
 
 class Signals:
-    """Installed while a run is open, in the main thread only; the handlers found before are put back."""
+    """Installed while a run is open, in the main thread only; the handlers found before are put back.
 
-    def __init__(self, abandon: Callable[[int], None]) -> None:
+    `can_stop_at` is asked, in the handler, whether the code at this frame can be given up.
+    """
+
+    def __init__(self, can_stop_at: Callable[[FrameType | None], bool]) -> None:
         self.leaving: int | None = None
-        self._abandon = abandon
+        self._can_stop_at = can_stop_at
         self._before: dict[signal.Signals, Any] = {}
         self._interrupts = 0
 
@@ -38,14 +47,26 @@ class Signals:
         self._before = {}
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if self.leaving is None:
-            self.leaving = EXIT_PREEMPTED
-        self._abandon(self.leaving)
+        self._leave(EXIT_PREEMPTED, frame)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
         if self._interrupts > 1:
             raise KeyboardInterrupt
         if self.leaving is None:
-            self.leaving = EXIT_INTERRUPTED
-        self._abandon(self.leaving)
+            _tell("holdfast: finishing the step and saving; Ctrl-C again leaves at once")
+        self._leave(EXIT_INTERRUPTED, frame)
+
+    def _leave(self, code: int, frame: FrameType | None) -> None:
+        if self.leaving is None:
+            self.leaving = code
+        if self._can_stop_at(frame):
+            raise LeaveNow
+
+
+def _tell(line: str) -> None:
+    """Past Python's buffers: the handler may have interrupted a print, which must not be entered again."""
+    try:
+        os.write(2, line.encode() + b"\n")
+    except OSError:
+        return

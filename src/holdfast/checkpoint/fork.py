@@ -1,0 +1,388 @@
+"""A new run that begins with a checkpoint of another one: by reference (nothing is copied, the source keeps the bytes) or by copy.
+
+The order is what makes it safe against a source that trains, retains and sweeps at the same time:
+
+    the target claims, its head naming its pins (the intent) → pins are put into every run that the bytes lie in
+    → the source's truth still retains the checkpoint? → the target's head names it
+
+A sweeper lists pins after its condemnation is confirmed and before it deletes, so either it sees the pin, or this fork sees that
+the checkpoint is gone and withdraws. A pin counts only while the target's newest head names it: whatever a crash leaves behind
+is collected after the target's next claim. A copy takes the same way, so that retention cannot take the source's bytes away
+under it; its last head just names no pins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import msgspec
+
+from holdfast.checkpoint.format import (
+    FORMAT_VERSION,
+    MAX_RECORD_BYTES,
+    OBJECT_BYTES,
+    ArrayEntry,
+    CheckpointRef,
+    Chunk,
+    Head,
+    ObjectRef,
+    Part,
+    PartRef,
+    Pin,
+    PinnedBy,
+    Root,
+    RunRecord,
+    digest,
+    encode_part,
+    seal,
+    unseal,
+)
+from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.checkpoint.inspect import RUN_KEY, find_checkpoint, read_run
+from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.retain import StoreOpener, root_key
+from holdfast.checkpoint.verify import Progress, Range, live_ranges, read_ranges
+from holdfast.core.clock import Clock
+from holdfast.core.errors import (
+    FormatError,
+    HoldfastError,
+    IntegrityError,
+    NotFound,
+    PermissionDenied,
+    RunConflict,
+    RunRemoved,
+    StoreError,
+    UsageError,
+)
+from holdfast.core.ids import TokenSource
+from holdfast.store.base import Store
+from holdfast.store.probe import probe_conditional_writes
+
+__all__ = ["Forked", "Mode", "fork"]
+
+Mode = Literal["reference", "copy"]
+_COPY_THREADS = 2
+_LOCAL_SCHEMES = ("file", "memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forked:
+    """A fork that has been committed. `homes` are the runs that it refers to (none for a copy); `copied_bytes` went to the
+    target."""
+
+    source: str
+    target: str
+    mode: Mode
+    checkpoint: CheckpointRef
+    homes: tuple[str, ...]
+    copied_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What is forked: the checkpoint as the source's head names it, and the runs its bytes lie in, each with the checkpoint there
+    that must be protected."""
+
+    store: Store
+    head: Head
+    ref: CheckpointRef
+    protect: dict[str, CheckpointRef]
+
+
+def fork(
+    source_url: str,
+    target_url: str,
+    step: str | int = "latest",
+    mode: Mode = "reference",
+    *,
+    open_home: StoreOpener,
+    clock: Clock,
+    tokens: TokenSource,
+    progress: Progress = lambda done, total: None,
+) -> Forked:
+    """Make the run at `target_url` begin with a checkpoint of the one at `source_url` (`step` as in `find_checkpoint`).
+
+    The target must be empty. By reference, the target's checkpoint and what its later saves have in common with it stay in the
+    source, which spares them from its sweeps as long as the target needs them. A copy is read verified, with bounded memory, and
+    refers to nothing outside. Raises UsageError for URLs that do not go together, RunConflict when the target is not empty or
+    retention dropped the checkpoint meanwhile (nothing stays behind then), Fenced when somebody else claimed the target,
+    IntegrityError when bytes do not verify, and what the stores raise.
+    """
+    source, target = open_home(source_url), open_home(target_url)
+    _check_urls(source.url, target.url, mode)
+    origin = _origin(source, step, open_home)
+    _check_empty(read_truth(target).head, target.url)
+    pins = {home: Pin(name=tokens(), home=home) for home in origin.protect}
+    lineage = _claim(target, origin, list(pins.values()), clock, tokens)
+    try:
+        for home, pin in pins.items():
+            _put_pin(
+                open_home(home),
+                pin,
+                PinnedBy(format=FORMAT_VERSION, target=target.url, checkpoint=origin.protect[home]),
+                mode,
+            )
+        _confirm(origin)
+        if mode == "copy":
+            ref, copied_bytes = _copy(origin, target, lineage.head, open_home, tokens, progress)
+        else:
+            ref, copied_bytes = msgspec.structs.replace(origin.ref, home=origin.ref.home or source.url), 0
+    except NotFound:
+        _withdraw(lineage, pins, open_home)
+        _confirm(origin)
+        raise
+    except BaseException:
+        _withdraw(lineage, pins, open_home)
+        raise
+    kept = [] if mode == "copy" else list(pins.values())
+
+    def name_it(current: Head) -> Head:
+        following = msgspec.structs.replace(ref, generation=current.generation)
+        return msgspec.structs.replace(current, checkpoints=[following], pins=kept)
+
+    head = lineage.advance("fork", name_it)
+    if mode == "copy":
+        _remove_pins(pins, open_home)
+    return Forked(
+        source=source.url, target=target.url, mode=mode, checkpoint=head.checkpoints[0],
+        homes=tuple(pin.home for pin in kept), copied_bytes=copied_bytes,
+    )  # fmt: skip
+
+
+def _check_urls(source: str, target: str, mode: Mode) -> None:
+    if source == target:
+        raise UsageError(f"{source}: a run cannot be forked onto itself; name another URL")
+    kinds = [url.split("://", 1)[0] for url in (source, target)]
+    if mode == "reference" and kinds[0] != kinds[1] and any(kind in _LOCAL_SCHEMES for kind in kinds):
+        raise UsageError(
+            f"{target} cannot refer to {source}: one of them is a folder that other machines do not see, and the source must be "
+            "able to ask the fork what it still needs. Fork with a copy (--copy)"
+        )
+
+
+def _origin(source: Store, step: str | int, open_home: StoreOpener) -> _Origin:
+    head = read_run(source).head
+    if head.removed:
+        raise RunRemoved(f"{source.url}: this run has been removed; there is nothing to fork")
+    ref = find_checkpoint(head, step, url=source.url)
+    origin = _Origin(source, head, ref, {})
+    try:
+        root = open_checkpoint(source, ref, open_home).root
+        for home in dict.fromkeys([ref.home or source.url, *root.homes]):
+            # Where the source itself only borrows, its own pin says which checkpoint there holds the bytes.
+            origin.protect[home] = ref if home == source.url else _pinned_there(head, home, open_home)
+    except NotFound:
+        _confirm(origin)
+        raise
+    return origin
+
+
+def _pinned_there(head: Head, home: str, open_home: StoreOpener) -> CheckpointRef:
+    for pin in head.pins:
+        if pin.home == home:
+            key = _pin_key(pin)
+            what = f"{home}/{key}"
+            return unseal(open_home(home).get(key, max_bytes=MAX_RECORD_BYTES), PinnedBy, what=what).checkpoint
+    raise IntegrityError(
+        f"the source refers to objects in {home}, but its head names no pin there; they may be gone already"
+    )
+
+
+def _check_empty(head: Head | None, url: str) -> None:
+    """A claim that never came to a checkpoint (a fork that crashed) leaves a target empty."""
+    if head is None:
+        return
+    if head.removed:
+        raise RunConflict(f"{url}: a run that has been removed stood here; give the fork another URL")
+    if head.checkpoints or head.finished:
+        raise RunConflict(f"{url}: there is a run already; a fork needs a URL of its own")
+
+
+def _claim(target: Store, origin: _Origin, pins: list[Pin], clock: Clock, tokens: TokenSource) -> Lineage:
+    """Own the target; its head names the pins before they exist."""
+
+    def begin(body: Head) -> Head:
+        _check_empty(body, target.url)
+        return msgspec.structs.replace(body, identity=origin.head.identity, pins=pins)
+
+    lineage = Lineage(target, _run_id(target, clock, tokens), clock=clock, tokens=tokens)
+    lineage.claim(begin)
+    return lineage
+
+
+def _run_id(target: Store, clock: Clock, tokens: TokenSource) -> str:
+    what = f"{target.url}/{RUN_KEY}"
+    try:
+        return unseal(target.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id
+    except NotFound:
+        probe_conditional_writes(target, tokens())
+        record = RunRecord(
+            format=FORMAT_VERSION, run_id=tokens(), created_unix_s=clock.unix_s(),
+            name=target.url.rstrip("/").rsplit("/", 1)[-1],
+        )  # fmt: skip
+        target.put_new(RUN_KEY, seal(record))
+        return unseal(target.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id
+
+
+def _pin_key(pin: Pin) -> str:
+    return f"pins/{pin.name}.json"
+
+
+def _put_pin(home: Store, pin: Pin, record: PinnedBy, mode: Mode) -> None:
+    key, data = _pin_key(pin), seal(record)
+    try:
+        if not home.put_new(key, data) and home.get(key, max_bytes=MAX_RECORD_BYTES) != data:
+            raise RunConflict(f"{home.url}/{key}: another fork holds this name; try again")
+    except PermissionDenied as error:
+        # A source that may only be read: a copy works without protection, and notices when retention is faster.
+        if mode == "reference":
+            raise PermissionDenied(
+                f"{home.url}: a fork by reference must write a pin there, so that its bytes are kept, and may not ({error}). "
+                "Fork with a copy (--copy)"
+            ) from error
+
+
+def _confirm(origin: _Origin) -> None:
+    """The pins are in place; only a checkpoint that the source retains *now* is protected by them."""
+    head = read_truth(origin.store, origin.head.run_id).head
+    if head is None or head.removed or all(ref.name != origin.ref.name for ref in head.checkpoints):
+        raise RunConflict(
+            f"{origin.store.url}: the checkpoint of step {origin.ref.step} was dropped while it was being forked; "
+            "choose a newer one"
+        )
+
+
+def _withdraw(lineage: Lineage, pins: dict[str, Pin], open_home: StoreOpener) -> None:
+    """The fork did not come to be. What this cannot take back now is collected after the target's next claim."""
+    try:
+        lineage.advance("withdraw", lambda current: msgspec.structs.replace(current, pins=[]))
+    except HoldfastError:
+        return
+    _remove_pins(pins, open_home)
+
+
+def _remove_pins(pins: dict[str, Pin], open_home: StoreOpener) -> None:
+    """Only after a confirmed head has stopped naming them. One that stays is stale, and the next sweep there removes it."""
+    for home, pin in pins.items():
+        try:
+            open_home(home).delete(_pin_key(pin))
+        except StoreError:
+            continue
+
+
+# ---- copying
+
+
+def _copy(
+    origin: _Origin, target: Store, head: Head, open_home: StoreOpener, tokens: TokenSource, progress: Progress
+) -> tuple[CheckpointRef, int]:
+    """The checkpoint under new names in the target, durable but not yet named by a head; and the bytes written."""
+    reader = open_checkpoint(origin.store, origin.ref, open_home)
+    part = reader.part
+    where = origin.store if origin.ref.home is None else open_home(origin.ref.home)
+    stores = [where, *(open_home(home) for home in part.homes)]
+    ranges = live_ranges(part)
+    total = sum(item.length for wanted in ranges.values() for item in wanted)
+    moved: dict[tuple[int, Range], tuple[int, int]] = {}
+    objects: list[ObjectRef] = []
+    done = 0
+    progress(0, total)
+
+    def copy_object(number: int) -> tuple[int, str, list[Range]]:
+        source = part.objects[number]
+        key = f"data/{head.attempt}/{tokens()}"
+        return number, key, _copy_object(stores[source.home], source.key, ranges[number], target, key)
+
+    for number, key, copied in _bounded(copy_object, sorted(ranges)):
+        position = 0
+        for item in copied:
+            moved[number, item] = len(objects), position
+            position += item.length
+        objects.append(ObjectRef(0, key, position))
+        done += position
+        progress(done, total)
+    arrays = [_moved_entry(entry, moved) for entry in part.arrays]
+    ref = _put_index(
+        Part(FORMAT_VERSION, part.rank, [], objects, arrays, part.document),
+        reader.root,
+        origin.ref,
+        target,
+        head,
+        tokens,
+    )
+    return ref, done
+
+
+def _copy_object(source: Store, source_key: str, wanted: set[Range], target: Store, key: str) -> list[Range]:
+    """The live ranges of one object, verified, one after the other as a new object. What the checkpoint does not need stays
+    behind."""
+    if sum(item.length for item in wanted) > OBJECT_BYTES:
+        raise FormatError(f"{source.url}/{source_key}: is said to hold more than an object can")
+    ranges: list[Range] = []
+    pieces: list[memoryview] = []
+    for item, data in read_ranges(source, source_key, wanted):
+        if data is None:
+            raise IntegrityError(
+                f"{source.url}/{source_key}: bytes do not match their hash; the object has been altered or torn"
+            )
+        ranges.append(item)
+        pieces.append(data)
+    target.put(key, pieces)
+    return ranges
+
+
+def _bounded(
+    work: Callable[[int], tuple[int, str, list[Range]]], numbers: list[int]
+) -> Iterator[tuple[int, str, list[Range]]]:
+    """Results in order; at most `_COPY_THREADS` objects are in memory."""
+    pool = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="holdfast-copy")
+    try:
+        waiting = iter(numbers)
+        running: list[Future[tuple[int, str, list[Range]]]] = [
+            pool.submit(work, number) for number in islice(waiting, _COPY_THREADS)
+        ]
+        while running:
+            result = running.pop(0).result()
+            running.extend(pool.submit(work, number) for number in islice(waiting, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _moved_entry(entry: ArrayEntry, moved: dict[tuple[int, Range], tuple[int, int]]) -> ArrayEntry:
+    chunks = []
+    for chunk in entry.chunks:
+        number, offset = moved[chunk.object, Range(chunk.offset, chunk.length, chunk.hashes)]
+        chunks.append(Chunk(number, offset, chunk.length, chunk.hashes))
+    return ArrayEntry(entry.name, entry.dtype, entry.shape, entry.global_shape, entry.offsets, entry.library, chunks)
+
+
+def _put_index(
+    part: Part, source_root: Root, source_ref: CheckpointRef, target: Store, head: Head, tokens: TokenSource
+) -> CheckpointRef:
+    name = f"checkpoints/{head.number + 1:08d}-{head.attempt}-{tokens()}"
+    part_data = encode_part(part)
+    part_ref = PartRef(key=f"{name}/part-{part.rank}", size_bytes=len(part_data), blake3=digest(part_data))
+    root = msgspec.structs.replace(
+        source_root,
+        run_id=head.run_id,
+        name=name,
+        parts=[part_ref],
+        objects=sorted(ref.key for ref in part.objects),
+        homes=[],
+    )
+    root_data = seal(root)
+    target.put(part_ref.key, part_data)
+    target.put(root_key(name), root_data)
+    return msgspec.structs.replace(
+        source_ref,
+        name=name,
+        root_blake3=digest(root_data),
+        attempt=head.attempt,
+        generation=head.generation,
+        home=None,
+    )

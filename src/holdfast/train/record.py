@@ -1,0 +1,117 @@
+"""What a run tells the world: events and figures to the ledger, progress to the agent, a few lines and warnings to the person.
+
+Everything works before the run is open, when there is no ledger yet, and for a finished run, which has none: what nobody keeps is
+dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from holdfast.core.clock import Clock
+from holdfast.core.contract import ENV_CONTROL, Phase, ProgressPage
+from holdfast.core.errors import HoldfastWarning
+from holdfast.core.events import Event
+from holdfast.ledger.append import Ledger
+from holdfast.store.base import Store
+from holdfast.train.metrics import Logger, Metrics
+
+__all__ = ["Record", "warn_user"]
+
+_NOT_THE_USER = ("holdfast.", "contextlib", "torch.utils.data", "torchdata.")
+
+
+class Record:
+    """Thread safety: `emit`, `committed` and `flush` may be called from any thread, the rest belongs to the loop's thread."""
+
+    def __init__(self, clock: Clock, loggers: Sequence[Logger]) -> None:
+        self._clock, self._loggers = clock, tuple(loggers)
+        self._page: ProgressPage | None = None
+        self._metrics: Metrics | None = None
+        self._warned: set[str] = set()
+        self.ledger: Ledger | None = None
+
+    def meet_agent(self, environ: Mapping[str, str]) -> None:
+        """Open the progress page where an agent watches this process."""
+        if environ.get(ENV_CONTROL):
+            self._page = ProgressPage(Path(environ[ENV_CONTROL]))
+
+    def open(self, store: Store, attempt: int) -> Ledger:
+        """Begin the record of a claimed attempt."""
+        if self._page is not None:
+            self._page.claimed(attempt)
+        self.ledger = Ledger(store, attempt=attempt, node="0", clock=self._clock)
+        self._metrics = Metrics(self.ledger, self._loggers, self._clock)
+        return self.ledger
+
+    def emit(self, name: str, **fields: Any) -> None:
+        if self.ledger is not None:
+            self.ledger.emit(Event(name, self._clock.unix_s(), fields))
+
+    def say(self, message: str) -> None:
+        print(f"holdfast: {message}", file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        """A warning that points at the user's own line. The same words are said once per run."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.emit("warning", message=message)
+            warn_user(message)
+
+    def entered(self, phase: Phase) -> None:
+        if self._page is not None:
+            self._page.entered(phase)
+
+    def restored(self, step: int) -> None:
+        if self._page is not None:
+            self._page.restored(step)
+
+    def stepped(self, step: int) -> None:
+        if self._page is not None:
+            self._page.stepped(step)
+
+    def committed(self, step: int) -> None:
+        if self._page is not None:
+            self._page.committed(step)
+
+    def log(self, step: int, epoch: int, figures: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.log(step, epoch, figures)
+
+    def flush(self) -> None:
+        """Before a commit: what was logged up to a step is durable once that step is."""
+        if self._metrics is not None and self.ledger is not None:
+            self._metrics.settle(wait=True)
+            self.ledger.flush()
+
+    def close(self, *, wait: bool) -> None:
+        """Let go. With `wait`, figures that are still on their way are taken along. Nothing is kept afterwards."""
+        metrics, self._metrics = self._metrics, None
+        ledger, self.ledger = self.ledger, None
+        page, self._page = self._page, None
+        try:
+            if metrics is not None and wait:
+                metrics.settle(wait=True)
+                metrics.tell()
+        finally:
+            if ledger is not None:
+                ledger.close()
+            if page is not None:
+                page.close()
+
+
+def warn_user(message: str) -> None:
+    """Warn at the innermost line that is neither holdfast's nor that of the machinery between it and the user."""
+    depth, frame = 1, sys._getframe(0)
+    while _is_machinery(frame) and frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, HoldfastWarning, stacklevel=depth)
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith(_NOT_THE_USER)
