@@ -1,5 +1,6 @@
 """Small trainings that are awkward to save, and a driver that interrupts them; shared by the tests of `holdfast.Run`."""
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import copy
@@ -95,10 +96,14 @@ class Training:
 
     def result(self) -> str:
         states = [
-            value.state_dict() if hasattr(value, "state_dict") else value.get_state() if hasattr(value, "get_state") else value
+            value.state_dict()
+            if hasattr(value, "state_dict")
+            else value.get_state()
+            if hasattr(value, "get_state")
+            else value
             for value in self.tracked.values()
         ]
-        return digest([states, torch.get_rng_state(), list(random.getstate()), np.random.get_state()[1]])
+        return digest([states, torch.get_rng_state(), list(random.getstate()), np.random.get_state(legacy=False)])
 
 
 def net() -> nn.Sequential:
@@ -260,7 +265,7 @@ class HighPrecisionSGD(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in self.param_groups[0]["params"]:
             state = self.state[parameter]
             state.setdefault("momentum", torch.zeros_like(parameter, dtype=torch.float32))
@@ -281,9 +286,8 @@ def low_precision() -> Training:
 
 
 def channels_last() -> Training:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 1)).to(
-        memory_format=torch.channels_last
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 1))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
 
     def step(run: holdfast.Run, x: Tensor, y: Tensor) -> None:
@@ -335,7 +339,14 @@ def generators() -> Training:
 
     training = Training({**own, "tree": tree, "weight": weight}, step)
     training.result = lambda: digest(  # type: ignore[method-assign]
-        [tree, weight, own["py"].random(), own["np_new"].random(), own["np_old"].random(), torch.rand(1, generator=own["torch_own"])]
+        [
+            tree,
+            weight,
+            own["py"].random(),
+            own["np_new"].random(),
+            own["np_old"].random(),
+            torch.rand(1, generator=own["torch_own"]),
+        ]
     )
     return training
 

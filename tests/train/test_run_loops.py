@@ -1,5 +1,8 @@
 """The loops: every sample once, in the same order, whatever shape the script's loops have and wherever they are interrupted."""
 
+# What raises or warns here is a whole run, which takes more than one statement.
+# ruff: noqa: PT012
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -130,7 +133,18 @@ def empty_then_full(run: holdfast.Run, record: Record) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [flat, bare, nested, continuing, breaking, two_phases, new_loader_each_epoch, listed, evaluating_in_the_middle, empty_then_full],
+    [
+        flat,
+        bare,
+        nested,
+        continuing,
+        breaking,
+        two_phases,
+        new_loader_each_epoch,
+        listed,
+        evaluating_in_the_middle,
+        empty_then_full,
+    ],
     ids=lambda script: script.__name__,
 )
 def test_interrupted_in_every_step(script: Script) -> None:
@@ -158,7 +172,7 @@ class Endless(IterableDataset[torch.Tensor]):
 
 def streaming(run: holdfast.Run, record: Record) -> None:
     for batch in run.batches(DataLoader(Endless(), batch_size=3), epochs=2):
-        record.saw(run, batch.flatten().tolist())
+        record.saw(run, str(batch.flatten().tolist()))
 
 
 @pytest.mark.filterwarnings("ignore:going to batch:holdfast.HoldfastWarning")
@@ -171,6 +185,7 @@ def test_a_stream_without_length_or_state() -> None:
     assert attempt(streaming, stores) == whole
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 @pytest.mark.parametrize("tracked", [False, True])
 def test_stateful_loader_in_the_middle_of_an_epoch(tracked: bool) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
@@ -321,7 +336,9 @@ def test_extending_a_finished_run_equals_a_longer_one() -> None:
     stopped = attempt(nested_until(7), Stores())
     stores = Stores()
     attempt(nested_until(4), stores)
-    assert attempt(nested_until(7), stores, extend=True) == stopped, "left with break, and extended in the middle of an epoch"
+    assert attempt(nested_until(7), stores, extend=True) == stopped, (
+        "left with break, and extended in the middle of an epoch"
+    )
 
 
 def nested_until(limit: int) -> Script:

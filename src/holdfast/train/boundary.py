@@ -15,7 +15,10 @@ import torch
 
 __all__ = ["StepGate"]
 
-_COMPILE_REASON = "holdfast watches the steps of tracked optimizers, which fullgraph=True does not allow: compile optimizer.step without it"
+_COMPILE_REASON = (
+    "holdfast watches the steps of tracked optimizers, which fullgraph=True does not allow: "
+    "compile optimizer.step without it"
+)
 _STALE_AFTER_ITERATIONS = 100
 """Gradients that nothing has touched for this many iterations are left over from a phase of training that has ended."""
 

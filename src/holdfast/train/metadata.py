@@ -66,7 +66,7 @@ def describe_command(arguments: Sequence[str]) -> str:
     shown = [Path(arguments[0]).name] if arguments else []
     hide_next = False
     for argument in arguments[1:]:
-        name, equals, value = argument.partition("=")
+        name, equals, _ = argument.partition("=")
         if hide_next and not argument.startswith("-"):
             shown.append(_HIDDEN)
         elif equals and _SECRET_NAME.search(name):

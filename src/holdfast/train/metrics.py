@@ -1,7 +1,7 @@
 """`run.log`: figures of the training, kept in the ledger and passed on to whoever listens, without ever making the GPU wait.
 
-A figure on the CPU is read at once. One on a GPU is copied to pinned memory on the stream that computed it, and read when the copy is
-known to be done: at a later call, or by the saver's thread before a commit.
+A figure on the CPU is read at once. One on a GPU is copied to pinned memory on the stream that computed it, and read when the copy
+is known to be done: at a later call, or by the saver's thread before a commit.
 """
 
 from __future__ import annotations

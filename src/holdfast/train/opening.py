@@ -1,7 +1,7 @@
 """Opening a run: whose is the URL, what is there already, and may this process claim it?
 
-A run knows its identity: a digest of the tracked structure and the user's configuration. Where nobody named a URL, the default folder
-must not resume yesterday's other experiment.
+A run knows its identity: a digest of the tracked structure and the user's configuration. Where nobody named a URL, the default
+folder must not resume yesterday's other experiment.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,9 +22,15 @@ from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 from holdfast.store.probe import probe_conditional_writes
 
-__all__ = ["Claim", "choose_url", "identity_digest", "open_run", "wants_fresh"]
+__all__ = ["Claim", "StoreFactory", "choose_url", "identity_digest", "open_run", "refuse_many_processes", "wants_fresh"]
 
 RUN_KEY = "run.json"
+
+
+class StoreFactory(Protocol):
+    """Opens the store of a URL."""
+
+    def __call__(self, url: str, *, options: Mapping[str, str] | None = None) -> Store: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,15 @@ def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tupl
     if not stem or stem in ("-c", "-m", "ipykernel_launcher"):
         raise UsageError("Run(): name the run's URL; there is no script to derive one from")
     return f"./runs/{stem}", True
+
+
+def refuse_many_processes(environ: Mapping[str, str]) -> None:
+    """Raises UsageError where a launcher has started more than one process of this job."""
+    if int(environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']}: this version checkpoints runs of one process. "
+            "Use one process, or keep your framework's own checkpoints for now"
+        )
 
 
 def wants_fresh(fresh: bool, environ: Mapping[str, str]) -> bool:

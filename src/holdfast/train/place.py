@@ -1,13 +1,13 @@
 """Where the script is in its loops: epoch, loop within the epoch, batch, and how it gets back there after a resume.
 
 The script runs from its top again after a resume, so code before the place where it was interrupted runs twice and may draw random
-numbers. The generators are therefore set to what the checkpoint holds each time the script comes closer to its old place: at restore,
-when the epoch begins, and when the loop over batches goes on.
+numbers. The generators are therefore set to what the checkpoint holds each time the script comes closer to its old place: at
+restore, when the epoch begins, and when the loop over batches goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from holdfast.core.errors import UsageError
@@ -41,6 +41,7 @@ class Place:
         self._phase = -1
         self._passes = 0
         self._loaders: dict[int, tuple[Any, ResumableLoader, int]] = {}
+        self._nothing_left = False
         self._resumed: dict[str, Any] | None = None
 
     # ---- state
@@ -126,6 +127,12 @@ class Place:
         self._loop = object()
         return self._loop
 
+    def rest(self) -> Iterator[Any]:
+        """The batches that are left of the loop that was entered."""
+        if self.current is None or self._nothing_left:
+            return iter(())
+        return self.current.iterate(self.position.epoch, self.position.batch)
+
     def refuse_second_loop(self) -> None:
         if self._loop is not None:
             raise UsageError(
@@ -177,21 +184,23 @@ class Place:
         made = ResumableLoader(loader, seed=self.seed or 0, warn=self._warn) if known is None else known[1]
         self._loaders[id(loader)] = (loader, made, epoch)
         self.batch_size = getattr(loader, "batch_size", None)
+        self._nothing_left = False
         if self._resumed is not None and self.position.batch:
-            self._check_batches(self._resumed.get("batches"), made.describe())
+            saved = self._resumed.get("batches")
+            changed = [] if saved is None else _changes(saved, made.describe())
+            if changed and saved is not None and self.position.batch == saved.get("batches_per_epoch"):
+                # Its last batch is done, and another loader takes over from the next epoch.
+                self._nothing_left = True
+                return made
+            self._check(changed)
             if self._resumed["loader"] is not None:
                 made.load_state(self._resumed["loader"])
         return made
 
-    def _check_batches(self, saved: dict[str, Any] | None, here: dict[str, Any]) -> None:
-        if saved is None:
-            return
-        changed = [key for key in _SAME_BATCHES if saved.get(key) != here.get(key)]
-        if saved.get("samples") is None and saved.get("batches_per_epoch") != here.get("batches_per_epoch"):
-            changed.append("batches_per_epoch")
+    def _check(self, changed: list[str]) -> None:
         if not changed:
             return
-        what = ", ".join(f"{key} {saved.get(key)!r} → {here.get(key)!r}" for key in changed)
+        what = ", ".join(changed)
         where = f"batch {self.position.batch} of epoch {self.position.epoch}"
         if not self._strict:
             self._warn(f"strict=False: the loader has changed ({what}); {where} of the new one comes next")
@@ -201,3 +210,8 @@ class Place:
             "epoch with the old loader and change it at its end, pass strict=False to go on at that batch of the new one (samples "
             "are then repeated or skipped), or fresh=True to start over"
         )
+
+
+def _changes(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    keys = [*_SAME_BATCHES, *(["batches_per_epoch"] if saved.get("samples") is None else [])]
+    return [f"{key} {saved.get(key)!r} → {here.get(key)!r}" for key in keys if saved.get(key) != here.get(key)]

@@ -78,6 +78,8 @@ class Record:
     def committed(self, step: int) -> None:
         if self._page is not None:
             self._page.committed(step)
+        if self.ledger is not None:
+            self.ledger.nudge()
 
     def log(self, step: int, epoch: int, figures: Mapping[str, Any]) -> None:
         if self._metrics is not None:

@@ -1,8 +1,8 @@
 """From a verified checkpoint into the tracked objects: all of them, from one checkpoint, or none.
 
-Everything that can be compared without reading tensor data is compared first, for every object, so that one error lists all that does
-not fit. Then the bytes go straight into the tensors (those of modules and arrays into their own memory), each block verified, and
-`load_state_dict` is called so that its hooks run.
+Everything that can be compared without reading tensor data is compared first, for every object, so that one error lists all that
+does not fit. Then the bytes go straight into the tensors (those of modules and arrays into their own memory), each block verified,
+and `load_state_dict` is called so that its hooks run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RETIRED_KEYS = {"verbose"}
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What came out of a checkpoint beside the tracked objects: holdfast's own state, and what was left out under `strict=False`."""
+    """What came out of a checkpoint beside the tracked objects: holdfast's own state, and what `strict=False` left out."""
 
     own: dict[str, Any]
     skipped: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the run was set up with, then and now: shown when it differs, and the rule for optimizer settings that the script has changed.
+"""What the run was set up with, then and now; and the rule for optimizer settings that the script has changed.
 
 The rule: the checkpoint's settings are in force, unless `hyperparameters="script"`; then exactly those settings that the script has
 changed since the checkpoint are applied, on top of the checkpoint's.

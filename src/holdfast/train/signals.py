@@ -1,8 +1,9 @@
 """SIGTERM and Ctrl-C, turned into a wish to leave that the loop grants when it is safe.
 
-SIGTERM: finish the step, save, leave with the preempted exit code. Ctrl-C: the same with the interrupted code; a second Ctrl-C leaves
-at once. Where the code that runs can be given up (an evaluation, which is done again after resume; waiting for a batch), the wish is
-raised as `LeaveNow` and whoever opened that region catches it. The handler itself does nothing else: what it interrupts may hold locks.
+SIGTERM: finish the step, save, leave with the preempted exit code. Ctrl-C: the same with the interrupted code; a second Ctrl-C
+leaves at once. Where the code that runs can be given up (an evaluation, which is done again after resume; waiting for a batch), the
+wish is raised as `LeaveNow` and whoever opened that region catches it. The handler itself does nothing else: what it interrupts may
+hold locks.
 """
 
 from __future__ import annotations
@@ -12,26 +13,34 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.core.contract import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from holdfast.train.sample_seeds import IsolatedRandomness
 
-__all__ = ["LeaveNow", "Signals"]
+__all__ = ["LeaveNow", "Region", "Signals"]
+
+_SWAPPING_GENERATORS = (IsolatedRandomness.__enter__.__code__, IsolatedRandomness.__exit__.__code__)
 
 
 class LeaveNow(BaseException):
     """Raised by the signal handler inside a region that can be given up. Never leaves holdfast."""
 
 
+Region = Literal["evaluating", "waiting"]
+"""Code that can be given up: an evaluation, whose state was held before it; waiting for a batch, whose state is the live one."""
+
+
 class Signals:
     """Installed while a run is open, in the main thread only; the handlers found before are put back.
 
-    `can_stop_at` is asked, in the handler, whether the code at this frame can be given up.
+    `may_copy`: whether the live state is at a boundary.
     """
 
-    def __init__(self, can_stop_at: Callable[[FrameType | None], bool]) -> None:
+    def __init__(self, may_copy: Callable[[], bool]) -> None:
         self.leaving: int | None = None
-        self._can_stop_at = can_stop_at
+        self.region: Region | None = None
+        self._may_copy = may_copy
         self._before: dict[signal.Signals, Any] = {}
         self._interrupts = 0
 
@@ -60,8 +69,16 @@ class Signals:
     def _leave(self, code: int, frame: FrameType | None) -> None:
         if self.leaving is None:
             self.leaving = code
-        if self._can_stop_at(frame):
+        if self.region == "evaluating" or (self.region == "waiting" and self._may_stop_waiting(frame)):
             raise LeaveNow
+
+    def _may_stop_waiting(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            # The generators are half swapped: what would be saved is neither what was before nor what comes after.
+            if frame.f_code in _SWAPPING_GENERATORS:
+                return False
+            frame = frame.f_back
+        return self._may_copy()
 
 
 def _tell(line: str) -> None:

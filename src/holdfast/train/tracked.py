@@ -1,8 +1,8 @@
 """What a user tracks, seen as state trees with canonical names.
 
 Anything with `state_dict` / `load_state_dict` is tracked through these; arrays, dicts, lists and random generators are tracked
-directly. Wrappers are looked through, so that a checkpoint does not depend on them: DDP's `module.`, `torch.compile`'s `_orig_mod.`,
-Accelerate's optimizer and scheduler. Tracking registers only; nothing is read or written before `restore`.
+directly. Wrappers are looked through, so that a checkpoint does not depend on them: DDP's `module.`, `torch.compile`'s
+`_orig_mod.`, Accelerate's optimizer and scheduler. Tracking registers only; nothing is read or written before `restore`.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class _Stateful:
 class _Optimizer(_Stateful):
     """An optimizer whose state comes back exactly as it was.
 
-    torch casts state to the parameter's dtype when it loads it, which would round fp32 moments of bf16 parameters; and what was read
-    is contiguous, while kernels expect the parameter's own memory format.
+    torch casts state to the parameter's dtype when it loads it, which would round fp32 moments of bf16 parameters; and what was
+    read is contiguous, while kernels expect the parameter's own memory format.
     """
 
     def load(self, tree: Any) -> None:
@@ -327,7 +327,7 @@ class Tracker:
         return {name: t.subject for name, t in self if isinstance(t.subject, torch.nn.Module)}
 
     def parameters(self) -> dict[str, list[list[Any]]]:
-        """By optimizer, its parameters in order: [group, name in a tracked module or "", shape]. Optimizers know them by number only."""
+        """By optimizer, its parameters in order, which it knows by number only: [group, name in a tracked module or "", shape]."""
         names: dict[int, str] = {}
         for name, tracked in self:
             if isinstance(tracked, _Module):

@@ -1,0 +1,55 @@
+"""The ends of an attempt: told to go (save, wait, exit code), or done (last checkpoint, marked as finished).
+
+Leaving has a deadline, because somebody will pull the plug; finishing has none.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from holdfast.core.config import format_duration
+from holdfast.core.contract import Phase
+from holdfast.core.errors import Preempted
+from holdfast.train.place import Place
+from holdfast.train.record import Record
+from holdfast.train.saves import Saves
+from holdfast.train.signals import Signals
+
+__all__ = ["LEAVE_WITHIN_S", "Leaving"]
+
+LEAVE_WITHIN_S = 120.0
+
+
+class Leaving:
+    """Owned by the loop's thread."""
+
+    def __init__(self, place: Place, record: Record, signals: Signals) -> None:
+        self._place, self._record, self._signals = place, record, signals
+
+    def with_live_state(self, saves: Saves) -> NoReturn:
+        """At a boundary: save what is new, wait until it is durable, leave."""
+        self._record.entered(Phase.LEAVING)
+        self._depart(saves, saves.leave_with_live(LEAVE_WITHIN_S))
+
+    def with_held_state(self, saves: Saves) -> NoReturn:
+        """In code that is done again after the resume: save what was held before it, leave."""
+        self._record.entered(Phase.LEAVING)
+        self._depart(saves, saves.leave_with_held(LEAVE_WITHIN_S))
+
+    def _depart(self, saves: Saves, durable: bool) -> NoReturn:
+        code, step = self._signals.leaving or 0, self._place.step
+        self._record.emit("attempt.leaving", step=step, code=code, drained=durable)
+        saves.stop_if_fenced()
+        lost = "" if durable else "; the newest steps could NOT be saved and will be computed again"
+        self._record.say(f"leaving at step {step} with exit code {code}{lost}; start the same command again to go on")
+        raise Preempted(code) from None
+
+    def finish(self, saves: Saves) -> None:
+        """The loops are done. A wish to leave is granted by this as well: it costs the same one save, and nothing has to come back.
+
+        Raises SaveError when the last checkpoint cannot be made: the run is then not finished.
+        """
+        ref = saves.save("finished", finish=True).wait()
+        self._record.entered(Phase.FINISHED)
+        self._record.say(f"finished at step {ref.step} after {format_duration(saves.elapsed_s)}")
+        self._record.emit("attempt.finished", step=ref.step)

@@ -1,0 +1,252 @@
+"""An opened run: the claim, the checkpoint that it began with, and what saves under it.
+
+open: claim → restore → saver, gate, pacing → announce          capture: live state → save request
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.checkpoint.heads import Lineage
+from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
+from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
+from holdfast.checkpoint.tree import Leaf, flatten
+from holdfast.core.clock import Clock
+from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
+from holdfast.core.ids import TokenSource
+from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
+from holdfast.store.base import Store
+from holdfast.train.boundary import StepGate
+from holdfast.train.metadata import describe_environment, describe_state, hidden
+from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
+from holdfast.train.pacing import Pacing
+from holdfast.train.place import Place
+from holdfast.train.record import Record
+from holdfast.train.restoring import Loaded, load_checkpoint
+from holdfast.train.saves import Saves
+from holdfast.train.settings import Settings
+from holdfast.train.tracked import Tracker
+
+__all__ = ["Session", "SessionOptions"]
+
+_READ_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """What the user chose. `is_default_url`: nobody named the URL, so it must not hold another experiment."""
+
+    url: str
+    is_default_url: bool
+    fresh: bool
+    extend: bool
+    strict: bool
+    triggers: tuple[Trigger, ...]
+    bound: LostTime | LostShare
+    saver: SaverOptions
+
+
+class Session:
+    """Owned by the run, and by the loop's thread. `claim` is None until `open`; `saves` stays None for a finished run."""
+
+    def __init__(
+        self,
+        options: SessionOptions,
+        *,
+        tracker: Tracker,
+        place: Place,
+        settings: Settings,
+        record: Record,
+        open_store: Callable[[str], Store],
+        clock: Clock,
+        tokens: TokenSource,
+    ) -> None:
+        self._options, self._tracker, self._place, self._settings = options, tracker, place, settings
+        self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
+        self._stores: dict[str, Store] = {}
+        self._saver: Saver | None = None
+        self.claim: Claim | None = None
+        self.restored = False
+        self.gate = StepGate({}, lambda: None)
+        self.saves: Saves | None = None
+
+    @property
+    def store(self) -> Store:
+        """The run's own."""
+        return self.home(self._options.url)
+
+    def home(self, url: str) -> Store:
+        """The store of this run, or of another one that a fork refers to."""
+        known = self._stores.get(url)
+        if known is None:
+            known = self._stores[url] = self._open_store(url)
+        return known
+
+    def close(self, timeout_s: float) -> None:
+        """Finish saves that are under way within `timeout_s`."""
+        if self.saves is not None:
+            self.saves.close(timeout_s)
+        elif self._saver is not None:
+            self._saver.close(timeout_s=timeout_s)
+
+    # ---- opening
+
+    def open(self) -> None:
+        """Claim the run and restore. Raises what `Run.restore` says."""
+        options = self._options
+        self._settings.observe(self._tracker.optimizers(), describe_environment())
+        claim = open_run(
+            self.store,
+            is_default_url=options.is_default_url,
+            identity=identity_digest(self._tracker.describe(), self._settings.config),
+            fresh=wants_fresh(options.fresh, os.environ),
+            extend=options.extend,
+            clock=self._clock,
+            tokens=self._tokens,
+            warn=self._record.warn,
+        )
+        self.claim = claim
+        if claim.lineage is not None:
+            self._saver = self._start_saver(claim.lineage)
+        restored = self._load(claim)
+        if self._place.seed is None:
+            self._place.seed = torch.initial_seed() & (2**63 - 1)
+        if self._saver is not None:
+            self.saves = self._start_saves(self._saver, claim)
+        self.restored = restored is not None
+        self._announce(claim, restored)
+
+    def _start_saver(self, lineage: Lineage) -> Saver:
+        return Saver(
+            self.store,
+            lineage,
+            options=self._options.saver,
+            open_home=self.home,
+            clock=self._clock,
+            tokens=self._tokens,
+            sink=self._record.open(self.store, lineage.head.attempt),
+            before_commit=self._record.flush,
+            committed=lambda ref: self._record.committed(ref.step),
+        )
+
+    def _start_saves(self, saver: Saver, claim: Claim) -> Saves:
+        self.gate = StepGate(self._tracker.optimizers(), saver.release)
+        pacing = Pacing(self._options.triggers, self._options.bound, self._rate(claim), self._clock)
+        pacing.begin(self._place.step)
+        return Saves(saver, self.gate, pacing, self._place, self.capture, self._record)
+
+    def _rate(self, claim: Claim) -> PreemptionRate:
+        """What this run itself has seen: every attempt but this one ended before its time."""
+        head = claim.head
+        if head is None or claim.record.created_unix_s == 0:
+            return PreemptionRate()
+        exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
+        return PreemptionRate().observed(max(0, head.attempt - 1), exposure_s)
+
+    def _load(self, claim: Claim) -> CheckpointReader | None:
+        head = claim.head
+        if head is None:
+            return None
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="holdfast-read") as pool:
+
+            def load(reader: CheckpointReader) -> tuple[CheckpointReader, Loaded]:
+                return reader, load_checkpoint(reader, self._tracker, pool, strict=self._options.strict)
+
+            found = restore_newest(self.store, head, self.home, load, fell_back=self._fell_back)
+        if found is None:
+            return None
+        reader, loaded = found
+        self._adopt(reader, loaded)
+        return reader
+
+    def _adopt(self, reader: CheckpointReader, loaded: Loaded) -> None:
+        for line in loaded.skipped:
+            self._record.warn(f"strict=False left this out: {line}")
+        asked, place = self._place.seed, self._place
+        for line in place.resume(loaded.own):
+            self._record.warn(line)
+        if asked is not None and asked != place.seed:
+            self._record.warn(f"seed={asked} is ignored: this run's data order was begun with seed {place.seed}")
+        self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
+        if self._saver is not None:
+            self._saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
+            self._saver.roots.remember(reader.root)
+
+    def _fell_back(self, fallback: Fallback) -> None:
+        self._record.warn(
+            f"the checkpoint of step {fallback.checkpoint.step} does not verify and is passed over for an older one: "
+            f"{fallback.reason}"
+        )
+        self._record.emit("restore.fell_back", checkpoint=fallback.checkpoint.name, reason=fallback.reason)
+
+    def _announce(self, claim: Claim, restored: CheckpointReader | None) -> None:
+        step, position, record = self._place.step, self._place.position, self._record
+        if claim.lineage is None:
+            record.say(
+                f"{self._options.url}: this run is finished at step {step}; nothing is trained. Go on with extend=True"
+            )
+            record.entered(Phase.FINISHED)
+            return
+        previous = int(os.environ.get(ENV_PREVIOUS_STEP) or -1)
+        record.emit(
+            "attempt.started",
+            step=step,
+            epoch=position.epoch,
+            previous_step=previous,
+            restored=restored.ref.name if restored else None,
+            environment=self._settings.environment,
+        )
+        where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if restored else "starts"
+        lost = f"; {previous - step} steps are computed again" if previous > step else ""
+        record.say(f"{self._options.url}: attempt {claim.lineage.head.attempt} {where}{lost}")
+        record.restored(step)
+        record.entered(Phase.TRAINING)
+
+    # ---- saving
+
+    def capture(self, reason: str, finish: bool) -> SaveRequest:
+        """The live state, as of now."""
+        place, tracker = self._place, self._tracker
+        own = {**place.state(), "parameters": tracker.parameters()}
+        metadata = {
+            "step": place.step,
+            "epoch": place.position.epoch,
+            "batch": place.position.batch,
+            **describe_state(tracker.optimizers(), tracker.modules()),
+            "batch_size": place.batch_size,
+            "seed": place.seed,
+            "world_size": 1,
+            "config": hidden(self._settings.config),
+            "script_hyperparameters": self._settings.script,
+            "environment": self._settings.environment,
+            "tracked": tracker.names(),
+        }
+        return SaveRequest(
+            flat=flatten({"tracked": tracker.state(), "holdfast": own}),
+            step=place.step,
+            epoch=place.position.epoch,
+            metadata=metadata,
+            reason=reason,
+            deferrable=self._deferrable(),
+            finish=finish,
+        )
+
+    def _deferrable(self) -> Callable[[Leaf], bool]:
+        """On CUDA, parameters and their state are written by optimizers only: their copy may overlap forward and backward."""
+        owned: set[int] = set()
+        if torch.cuda.is_available():
+            for optimizer in self._tracker.optimizers().values():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        owned.add(parameter.data_ptr())
+                        owned.update(
+                            value.data_ptr()
+                            for value in optimizer.state.get(parameter, {}).values()
+                            if isinstance(value, torch.Tensor)
+                        )
+        return lambda leaf: isinstance(leaf.value, torch.Tensor) and leaf.value.data_ptr() in owned
