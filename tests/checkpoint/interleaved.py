@@ -2,9 +2,9 @@
 
     actor's thread → ActorStore (waits for its turn, suffers a fault) → World (applies, checks) → memory
 
-Only one thread runs at a time: an actor goes on when the test gives it a number of operations, and stops before the one after them. So
-a schedule is plain data and a failure can be replayed. What runs in the actors is the real code: claims, commits with deduplication and
-retention, sweeps, restores.
+Only one thread runs at a time: an actor goes on when the test gives it a number of operations, and stops before the one after them.
+So a schedule is plain data and a failure can be replayed. What runs in the actors is the real code: claims, commits with
+deduplication and retention, sweeps, restores.
 """
 
 from __future__ import annotations
@@ -408,7 +408,7 @@ def _never(fallback: object) -> None:
 
 
 def play(world: World, actors: Sequence[Actor], events: Sequence[tuple[int, str]]) -> None:
-    """Run the current actor for some operations, then do something: switch to another actor, hurt the next operation, let a late write land."""
+    """Run the current actor for some operations, then switch to another, hurt the next operation, or let a late write land."""
     current = actors[0]
     by_name = {actor.name: actor for actor in actors}
     try:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from interleaved import RUN_ID, FakeClock, load_tree, no_home
+
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
 from holdfast.checkpoint.retain import Keep
@@ -14,7 +16,6 @@ from holdfast.checkpoint.tree import flatten
 from holdfast.core.events import CollectingSink
 from holdfast.core.ids import TokenSource, random_token
 from holdfast.store.base import Store
-from interleaved import RUN_ID, FakeClock, load_tree, no_home
 
 
 def request(state: Any, step: int, *, reason: str = "test", finish: bool = False) -> SaveRequest:

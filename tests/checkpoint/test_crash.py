@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interleaved import make_state, same_state
+from parts import begin, garbage, restore, resume
 
 from holdfast.core.ids import random_token
 from holdfast.store.local import LocalStore
 from holdfast.testing.faulty_store import KillSwitch
-from interleaved import make_state, same_state
-from parts import begin, garbage, restore, resume
 
 # The children that are forked use nothing that threads of this process may hold.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -39,7 +39,7 @@ def _train(store: KillSwitch, tell: Callable[[int], None]) -> None:
 
 
 def _in_child(folder: Path, at_number: int | None, after: bool) -> tuple[int, int, int]:
-    """Train in a forked process. Returns its exit status, the newest save that it was told is committed (-1: none), and its operations."""
+    """Train in a forked process: its exit status, the newest save that it was told is committed (-1: none), its operations."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:

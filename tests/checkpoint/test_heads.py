@@ -1,4 +1,4 @@
-"""Claims, commits, sweeps and readers of one run, interleaved at every store operation, with crashes and lost, late and doubled answers."""
+"""Claims, commits, sweeps and readers of one run, interleaved at every store operation, with crashes and unclear answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from interleaved import RUN_ID, SCALE, Actor, ActorStore, FakeClock, Suffers, World, attempt, play, reader
+
 from holdfast.checkpoint import heads, write
 from holdfast.checkpoint.format import Head, digest, head_key, seal
 from holdfast.checkpoint.heads import Lineage, read_truth
@@ -23,11 +23,10 @@ _ACTIONS = (*_WRITERS, "R", "land", *(fault.name for fault in Suffers))
 
 
 @pytest.fixture(autouse=True)
-def _small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array in an object of its own, and old heads pruned at once."""
     monkeypatch.setattr(write, "OBJECT_BYTES", 64)
     monkeypatch.setattr(heads, "HEADS_KEPT", 1)
-    yield
 
 
 def _cast(world: World, names: str) -> list[Actor]:
@@ -57,7 +56,7 @@ def test_any_schedule(events: list[tuple[int, str]]) -> None:
 def test_every_pair_of_preemptions() -> None:
     """A stops anywhere, B takes over and stops anywhere, A wakes up and goes on, then B."""
     total = _operations_alone()
-    for first in range(0, total + 1):
+    for first in range(total + 1):
         for second in range(first % 3, total + 12, 1 if SCALE > 1 else 3):
             world = World()
             play(world, _cast(world, "AB"), [(first, "B"), (second, "A")])

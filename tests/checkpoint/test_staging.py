@@ -54,9 +54,7 @@ def test_version_2_limits_at_any_level(tmp_path: Path, where: str) -> None:
 
 
 def test_version_2_without_a_limit(tmp_path: Path) -> None:
-    _write(
-        tmp_path, _meminfo(64 * _GIB) | {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}
-    )
+    _write(tmp_path, _meminfo(64 * _GIB) | {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"})
     assert available_memory_bytes(tmp_path) == 64 * _GIB
 
 
@@ -148,6 +146,7 @@ def test_a_forked_child_does_not_inherit_a_slot() -> None:
 
 def test_a_slot_is_resident_before_it_is_used_and_closes_under_a_view() -> None:
     slot = Slot(64 * _PAGE)
+    slot.fault_in()
     lines = Path("/proc/self/smaps").read_text().split("holdfast-staging")[1].splitlines()
     resident_kb = next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
     assert resident_kb * 1024 == 64 * _PAGE

@@ -8,7 +8,10 @@ The way of the data, one file per station:
     snapshot.py  a consistent copy of the arrays at a step boundary
     write.py     chunks, block hashes, deduplication, objects; durable before anything names them
     heads.py     numbered heads: claim, commit, fencing
+    commit.py    one checkpoint after the other: write, name it in a head, retain, sweep
     saver.py     the background thread that turns the newest snapshot into a checkpoint
+    request.py   what is asked of the saver, and what it tells of the outcome
+    threads.py   threads that hash and send, and never keep a process from ending
     read.py      restore: verified, straight into memory, falling back when bytes do not verify
     retain.py    which checkpoints stay, what is condemned, what is swept
     inspect.py   a run seen from outside: its checkpoints, what they hold and cost

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -102,6 +102,10 @@ class ArrayAdapter(Protocol):
         """The buffer's bytes (aligned, as many as `spec` says) as an array of this library, without a copy."""
         ...
 
+    def pin(self, values: Sequence[Any], address: int, size_bytes: int) -> Callable[[], None] | None:
+        """Page-lock staging memory if `values` lie on a device that copies faster into it. Returns what undoes that."""
+        ...
+
     def copy(self, values: Sequence[Any], targets: Sequence[Any], deferrable: Sequence[bool]) -> Copy:
         """Copy each value into its target (made by `view`). Where `deferrable`, the copy may go on until an optimizer steps."""
         ...
@@ -177,6 +181,9 @@ class NumpyAdapter:
             np.frombuffer(buffer, dtype=self._dtype(spec)).reshape(spec.shape) if spec.nbytes else self.allocate(spec)
         )
 
+    def pin(self, values: Sequence[Any], address: int, size_bytes: int) -> None:
+        return None
+
     def copy(
         self,
         values: Sequence[np.ndarray[Any, Any]],
@@ -217,7 +224,7 @@ def elements(array: Any, start: int, stop: int) -> Any:
         row = math.prod(array.shape[1:])
         first, last = start // row, -(-stop // row)
         array, start, stop = array[first:last], start - first * row, stop - first * row
-        if last - first > 1:
+        if last - first != 1:
             break
         array = array[0]
     return array.reshape(-1)[start:stop]

@@ -36,8 +36,9 @@ class Committed(NamedTuple):
 class Committer:
     """What a claim knows of the run's checkpoints, and the order in which they are made.
 
-    Thread safety: none; one thread at a time. Failure contract: when `commit` raises, the previous checkpoint still stands; the outcome
-    may be unknown, and the next call finds it out first. Restore may add what it has read to `known` and `roots`.
+    Thread safety: none; one thread at a time.
+    Failure contract: when `commit` raises, the previous checkpoint still stands; the outcome may be unknown, and the next call
+    finds it out first. Restore may add what it has read to `known` and `roots`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Committer:
 
     def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
         """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises."""
-        # Deduplication is decided against the head that the commit is built on, so an unknown outcome is resolved before anything is sent.
+        # Deduplication is decided against the head that the commit is built on, so an unknown outcome is resolved first.
         self._lineage.settle()
         head = self._lineage.head
         if self._orphans is None:
@@ -87,7 +88,7 @@ class Committer:
         return Committed(ref, written)
 
     def sweep(self) -> set[str]:
-        """Delete what the newest head condemns; returns the names. Raises what the store raises; garbage is a cost, not a danger."""
+        """Delete what the newest head condemns; returns the names. Raises what the store raises: garbage is a cost, no danger."""
         deleted = sweep(self._store, self._lineage, self._open_home)
         self._orphans = set()
         self._deleted = deleted
@@ -96,7 +97,7 @@ class Committer:
     def _next(self, current: Head, ref: CheckpointRef, written: Written, finish: bool) -> Head:
         """The head that names `ref`, computed from the newest of this claim.
 
-        Invariant: every old object that the checkpoint refers to is still reached by a checkpoint retained there, and not condemned.
+        Invariant: every old object that the checkpoint refers to is still reached by a checkpoint retained there and not condemned.
         """
         reached = set(written.root.objects)
         lost_homes = set(written.root.homes) - {pin.home for pin in current.pins}

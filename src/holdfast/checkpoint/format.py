@@ -59,7 +59,7 @@ _PART_MAGIC = b"HOLDFAST-PART-1\n"
 _SEAL_HEAD = b'{"blake3":"'
 _SEAL_BODY = b'","body":'
 _MAX_DIMENSIONS = 64
-_MAX_ARRAY_BYTES = 1 << 62
+_MAX_ARRAY_BYTES = 1 << 61
 
 
 class _AnyRecord(msgspec.Struct, frozen=True):
@@ -99,7 +99,7 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PinnedBy(msgspec.Struct, frozen=True, kw_only=True):
-    """`pins/<name>` in the source of a fork: who refers to which checkpoint. `checkpoint` must not be swept while the target says so."""
+    """`pins/<name>` in the source of a fork: who refers to which checkpoint, which must not be swept while the target says so."""
 
     format: int
     target: str

@@ -74,10 +74,10 @@ def _read_head_once(store: Store, number: int, run_id: str | None) -> Head:
 
 
 def read_truth(store: Store, run_id: str | None = None) -> Truth:
-    """The newest head: list, get the highest, list once more; whoever finds a higher head, or the one listed gone (pruned), starts over.
+    """The newest head: list, get the highest, list once more. Who finds a higher head, or the one listed pruned, starts over.
 
-    A head whose bytes do not verify is passed over for the one below it, and reported in `altered`. Raises RunConflict for one that a
-    newer holdfast has written.
+    A head whose bytes do not verify is passed over for the one below it, and reported in `altered`. Raises RunConflict for one
+    that a newer holdfast has written.
     """
     numbers = head_numbers(store)
     for _ in range(_VANISHED_TRIES):
@@ -236,7 +236,7 @@ class Lineage:
             return None
 
     def _confirm(self, body: Head) -> Head:
-        """The put is applied; does it count? While the listing fails it stays pending: the next call puts the same bytes and lists again."""
+        """The put is applied; does it count? While the listing fails it stays pending, and the next call asks again."""
         highest = max(head_numbers(self._store), default=0)
         if highest > body.number:
             self._fence(f"head {highest} has been written by another attempt in the meantime")

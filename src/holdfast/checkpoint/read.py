@@ -1,7 +1,8 @@
 """Restore: every byte is checked against its hash before anybody computes with it.
 
-The chain of trust is head → root → part → block. A missing object or a hash that does not match makes the caller fall back to an older
-checkpoint (`restore_newest`); a store that answers 403, 5xx or nothing does not, because throttling must not cost a day of work.
+The chain of trust is head → root → part → block. A missing object or a hash that does not match makes the caller fall back to an
+older checkpoint (`restore_newest`); a store that answers 403, 5xx or nothing does not, because throttling must not cost a day of
+work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from holdfast.checkpoint.format import (
     MAX_PART_BYTES,
@@ -25,6 +26,7 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.retain import StoreOpener, read_root
+from holdfast.checkpoint.tree import collector_paused
 from holdfast.checkpoint.write import block_hashes
 from holdfast.core.errors import FormatError, IntegrityError, NotFound, RestoreError, RunRemoved, UsageError
 from holdfast.store.base import Store
@@ -45,8 +47,7 @@ class Fallback:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """One chunk and the memory that it goes to."""
 
     chunk: Chunk
@@ -76,7 +77,9 @@ class CheckpointReader:
         Raises IntegrityError when bytes do not match, NotFound when an object is missing, UsageError for a buffer of the wrong
         size; the buffers then hold no usable data.
         """
-        futures = [pool.submit(task) for task in self._tasks(wanted, progress or (lambda count: None))]
+        with collector_paused():
+            tasks = self._tasks(wanted, progress or (lambda count: None))
+        futures = [pool.submit(task) for task in tasks]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
@@ -163,7 +166,8 @@ def open_checkpoint(store: Store, ref: CheckpointRef, open_home: StoreOpener) ->
     label = f"{where.url}/{reference.key}"
     if digest(data) != reference.blake3:
         raise IntegrityError(f"{label}: the bytes do not match the hash in the root")
-    part = decode_part(data, what=label)
+    with collector_paused():
+        part = decode_part(data, what=label)
     # What a restore allocates is known, and was shown to people, before any of it is allocated.
     if sum(entry.spec().nbytes for entry in part.arrays) != ref.total_bytes:
         raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")

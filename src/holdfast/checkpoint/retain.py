@@ -37,6 +37,7 @@ __all__ = [
 
 _CHECKPOINT_NAME = re.compile(r"checkpoints/\d{8,12}-\d{1,12}-[0-9a-z]{1,64}")
 _ATTEMPT_OF = re.compile(r"(?:data/(\d+)/|checkpoints/\d+-(\d+)-)")
+_SWEPT = ("data/", "checkpoints/")
 StoreOpener = Callable[[str], Store]
 
 
@@ -157,8 +158,10 @@ def _needed_pins(pins: Sequence[Pin], retained: Sequence[CheckpointRef], roots: 
 
 
 def find_orphans(store: Store, head: Head, roots: Roots) -> set[str]:
-    """Objects of lower attempts that nothing retained reaches and no head has condemned yet. Call only after the claim of `head` has
-    been confirmed; the listing must be younger than the claim."""
+    """Objects of lower attempts that nothing retained reaches and no head has condemned yet.
+
+    Call only after the claim of `head` has been confirmed: the listing must be younger than the claim.
+    """
     reached = set(head.condemned)
     try:
         for ref in head.checkpoints:
@@ -238,7 +241,7 @@ def sweep(store: Store, lineage: Lineage, open_home: StoreOpener) -> set[str]:
     for key in pinned.stale:
         store.delete(key)
     for key in lineage.head.condemned:
-        if key not in pinned.spared:
+        if key not in pinned.spared and key.startswith(_SWEPT):
             store.delete(key)
             deleted.add(key)
     lineage.prune()

@@ -33,8 +33,8 @@ __all__ = ["SaveHandle", "SaveRequest", "SaveState", "Saver", "SaverOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaverOptions:
-    """`staging_cap_bytes`: for the machine, shared by `local_ranks`; None for the default. `max_unsaved`: how many saves in a row may
-    fail with a warning; the next one raises."""
+    """`staging_cap_bytes`: for the machine, shared by `local_ranks`; None for the default. `max_unsaved`: how many saves in a row
+    may fail with a warning; the next one raises."""
 
     keep: Keep
     staging_cap_bytes: int | None = None
@@ -83,6 +83,8 @@ class Saver:
         self._budget: StagingBudget | None = None
         self._free: list[Slot] = []
         self._slots: list[Slot] = []
+        self._slots_given_up = threading.Event()
+        self._faulting: threading.Thread | None = None
         self._waiting: _Job | None = None
         self._held: _Job | None = None
         self._writing: _Job | None = None
@@ -120,8 +122,8 @@ class Saver:
     def hold(self, request: SaveRequest) -> None:
         """Snapshot now and keep it in memory; `commit_held` writes it. A later save or hold replaces it.
 
-        Does nothing where fewer than two snapshots fit, since it would have to wait for the writer. When an older snapshot still waits
-        for the writer, this one takes its place in the queue instead.
+        Does nothing where fewer than two snapshots fit, since it would have to wait for the writer. When an older snapshot still
+        waits for the writer, this one takes its place in the queue instead.
         """
         self._layout = lay_out(request.flat, self._layout)
         if self._plan(self._layout).slots > 1:
@@ -189,12 +191,33 @@ class Saver:
         self._hashing.shutdown()
         self._sending.shutdown()
         self._newest = self._held = None
-        self._free = []
-        for slot in self._slots:
-            slot.close()
-        self._slots = []
+        self._close_slots()
 
     # ---- snapshots and slots
+
+    def prepare(self, flat: FlatTree) -> None:
+        """Make room for a state like this one now, so that the first save need not. Pages come in the background."""
+        self._layout = lay_out(flat, self._layout)
+        self._plan(self._layout)
+
+    def _provide(self, slots: list[Slot]) -> None:
+        """In an order that serves a first save as early as possible. Ends early when the slots are to be closed."""
+        given_up = self._slots_given_up = threading.Event()
+
+        def fault_in() -> None:
+            for slot in slots:
+                slot.fault_in(given_up.is_set)
+
+        self._faulting = threading.Thread(target=fault_in, name="holdfast-staging", daemon=True)
+        self._faulting.start()
+
+    def _close_slots(self) -> None:
+        self._slots_given_up.set()
+        if self._faulting is not None:
+            self._faulting.join()
+        for slot in self._slots:
+            slot.close()
+        self._slots, self._free = [], []
 
     def _take(self, request: SaveRequest, handle: SaveHandle, *, hold: bool) -> SaveHandle:
         if self._closing:
@@ -240,7 +263,7 @@ class Saver:
         self._condition.notify_all()
 
     def _plan(self, layout: Layout) -> StagingBudget:
-        """Room for this layout. States grow once (optimizers make theirs at the first step), so slots are made anew when too small."""
+        """Room for this layout. States grow once (optimizers make theirs at the first step); slots too small are made anew."""
         budget = self._budget
         if budget is not None and layout.total_bytes <= budget.slot_bytes:
             return budget
@@ -250,9 +273,7 @@ class Saver:
                 if job is not None:
                     self._give_back(job)
             self._held = self._waiting = self._newest = None
-            for slot in self._slots:
-                slot.close()
-            self._slots, self._free = [], []
+            self._close_slots()
         budget = plan_slots(
             layout.total_bytes,
             cap_bytes=self._options.staging_cap_bytes,
@@ -262,6 +283,7 @@ class Saver:
         self._slots = [Slot(budget.slot_bytes) for _ in range(budget.slots)]
         self._free = list(self._slots)
         self._budget = budget
+        self._provide(self._slots)
         self._emit("staging.planned", slots=budget.slots, slot_bytes=budget.slot_bytes, cap_bytes=budget.cap_bytes)
         if budget.slots == 0:
             self._note(

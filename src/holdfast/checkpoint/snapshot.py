@@ -1,8 +1,8 @@
 """A consistent copy of the training state, taken at a step boundary.
 
-Staged: the bytes lie in a slot of shared memory, one array after the other in the order of the tree, and the writer works from there
-while training goes on. Streamed (when not even one snapshot fits under the cap): nothing is copied, the writer reads the live arrays
-and the loop waits until it is done.
+Staged: the bytes lie in a slot of shared memory, one array after the other in the order of the tree, and the writer works from
+there while training goes on. Streamed (when not even one snapshot fits under the cap): nothing is copied, the writer reads the
+live arrays and the loop waits until it is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Layout:
 
 
 def lay_out(flat: FlatTree, previous: Layout | None = None) -> Layout:
-    """Arrays in tree order, aligned. `previous` itself where nothing has changed, so that what was made for it can be used again."""
+    """Arrays in tree order, aligned. `previous` itself where nothing has changed, so that what was made for it is used again."""
     specs = tuple([leaf.spec for leaf in flat.leaves])
     if previous is not None and specs == previous.specs:
         return previous
@@ -95,6 +95,8 @@ def stage(
     copies: list[Copy] = []
     for indices in by_library.values():
         leaves = [flat.leaves[index] for index in indices]
+        if slot.unpin is None:
+            slot.unpin = leaves[0].adapter.pin([leaf.value for leaf in leaves], slot.address, slot.size_bytes)
         values, later = [leaf.value for leaf in leaves], [deferrable(leaf) for leaf in leaves]
         copies.append(leaves[0].adapter.copy(values, [targets[index] for index in indices], later))
     return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies)

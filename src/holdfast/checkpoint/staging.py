@@ -1,14 +1,16 @@
 """Memory for snapshots: shared, pre-faulted, kept out of forked children, and under a hard cap.
 
 A slot is one anonymous shared mapping (memfd). It is not inherited by forked loader workers (`MADV_DONTFORK`): a child that copied
-written staging pages would break the cap. Pages are faulted in before training starts, so that the first save does not pay for
-them, and a snapshot that would not fit is known before the loop runs.
+written staging pages would break the cap. Pages are faulted in beside the first steps (`fault_in`), so that
+the first save does not pay for them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +19,16 @@ from holdfast.core.errors import UsageError
 
 __all__ = ["Slot", "StagingBudget", "available_memory_bytes", "plan_slots"]
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python 3.11
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; not named by Python 3.11
+_FAULT_BYTES = 64 << 20
+_LIBC = ctypes.CDLL(None)  # unlike mmap.madvise, a foreign call lets other threads run
 _DEFAULT_SHARE_OF_FREE = 0.4
 _DEFAULT_SNAPSHOTS = 2
 _UNLIMITED_BYTES = 1 << 60
 
 
 class _CgroupFiles(NamedTuple):
-    """Where a version of the cgroup interface says what; `cache` and `shared` are lines of memory.stat, and shared memory is no cache."""
+    """Where a version of cgroups says what. `cache` and `shared` are lines of memory.stat: cache includes shared memory."""
 
     limit: str
     usage: str
@@ -143,17 +147,28 @@ class Slot:
         self.memory = memoryview(self._mapping)
         self.layout: object = None
         self.targets: list[Any] = []
-        self._fault_in()
+        self.unpin: Callable[[], None] | None = None
+        """Undoes what page-locks the memory for a device, once something has."""
 
-    def _fault_in(self) -> None:
-        try:
-            self._mapping.madvise(_MADV_POPULATE_WRITE)
-        except OSError:
-            for offset in range(0, self.size_bytes, mmap.PAGESIZE):
-                self._mapping[offset] = 0
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+    def fault_in(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Have the kernel provide the pages now. Runs beside the loop: the interpreter is not held, and `stop` ends it early.
+
+        Writes nothing, so it does no harm to a snapshot that is being copied meanwhile. Kernels before 5.14 cannot do it; then the
+        first copy into the slot takes the time.
+        """
+        for start in range(0, self.size_bytes, _FAULT_BYTES):
+            length = min(_FAULT_BYTES, self.size_bytes - start)
+            if stop() or _LIBC.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(length), _POPULATE_WRITE):
+                return
 
     def close(self) -> None:
         """Unmap. Views that somebody else still holds keep the mapping until they are gone."""
+        if self.unpin is not None:
+            self.unpin()
         self.layout, self.targets = None, []
         self.memory.release()
         try:

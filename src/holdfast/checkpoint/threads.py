@@ -1,7 +1,7 @@
 """Threads that hash and send, and that never keep a process from ending.
 
-The standard pool is joined when the interpreter exits: a store that hangs would hold a process that was told to leave until the machine
-is taken away. What a thread here is doing when the process ends is an upload that no head names, so nothing is lost with it.
+The standard pool is joined when the interpreter exits: a store that hangs would hold a process that was told to leave until the
+machine is taken away. What a thread here is doing when the process ends is an upload that no head names, so nothing is lost.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """torch tensors as arrays. The only module of this floor that imports torch.
 
-On the CPU a snapshot is a plain parallel copy: overlapping it with the next step costs as much as it saves. On CUDA the copy runs on
-a side stream into pinned staging while forward and backward go on. What only optimizers write (parameters, their state) is copied
-last, and every optimizer's pre-step hook calls `release`, which makes the computing stream wait for it; everything else (buffers,
-RNG, EMA) the computing stream waits for at once.
+On the CPU a snapshot is a plain parallel copy: overlapping it with the next step costs as much as it saves. On CUDA the copy runs
+on a side stream into pinned staging while forward and backward go on. What only optimizers write (parameters, their state) is
+copied last, and every optimizer's pre-step hook calls `release`, which makes the computing stream wait for it; everything else
+(buffers, RNG, EMA) the computing stream waits for at once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,8 +43,13 @@ _NAMES: dict[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SMALL_BYTES = 1 << 20
 _side_streams: dict[int, torch.cuda.Stream] = {}
-_pinned: set[int] = set()
 _lock = threading.Lock()
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous host tensor. One of a single element counts as contiguous whatever its strides say."""
+    data: memoryview = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    return data
 
 
 class _HostCopy:
@@ -111,6 +116,15 @@ class TorchAdapter:
             return self.allocate(spec)
         return torch.frombuffer(buffer, dtype=_DTYPES[spec.dtype]).view(spec.shape)
 
+    def pin(self, values: Sequence[torch.Tensor], address: int, size_bytes: int) -> Callable[[], None] | None:
+        if not any(value.is_cuda for value in values):
+            return None
+        runtime = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(address, size_bytes, 0)) != 0:
+            # Copies into pageable memory are right as well; they only hold up the loop.
+            return None
+        return lambda: runtime.cudaHostUnregister(address)
+
     @torch.no_grad()
     def copy(self, values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], deferrable: Sequence[bool]) -> Copy:
         devices = sorted({value.device.index or 0 for value in values if value.is_cuda})
@@ -148,7 +162,7 @@ class TorchAdapter:
     def stream(self, value: torch.Tensor, start_byte: int, length: int) -> memoryview:
         start, stop = start_byte // value.element_size(), (start_byte + length) // value.element_size()
         piece = elements(value.detach(), start, stop).cpu().resolve_conj().resolve_neg().contiguous()
-        return memoryview(piece.view(torch.uint8).numpy().data)
+        return _as_bytes(piece)
 
     def allocate(self, spec: ArraySpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
@@ -158,36 +172,16 @@ class TorchAdapter:
             return None
         if value.is_conj() or value.is_neg():
             return None
-        return value.detach().view(-1).view(torch.uint8).numpy().data
+        return _as_bytes(value.detach())
 
     @torch.no_grad()
     def assign(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def pin(address: int, size_bytes: int) -> bool:
-    """Page-lock staging memory for CUDA, so that device copies run beside the computation. False where there is no CUDA."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return False
-    with _lock:
-        if address not in _pinned:
-            if int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)) != 0:
-                return False
-            _pinned.add(address)
-    return True
-
-
-def unpin(address: int) -> None:
-    """Undo `pin` before the memory is unmapped."""
-    with _lock:
-        if address in _pinned:
-            _pinned.discard(address)
-            torch.cuda.cudart().cudaHostUnregister(address)
-
-
 def _refuse_strange(name: str, value: torch.Tensor) -> None:
-    """Subclasses that only decorate are fine. Wrappers (sharded, quantised, functional) keep their data elsewhere: their own pointer is
-    null and their dtype is not that of the bytes."""
+    """Subclasses that only decorate are fine. Wrappers (sharded, quantised, functional) keep their data elsewhere: their own
+    pointer is null and their dtype is not that of the bytes."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if torch.nn.parameter.is_lazy(value):
         raise UnsupportedState(
@@ -195,8 +189,8 @@ def _refuse_strange(name: str, value: torch.Tensor) -> None:
         )
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedState(
-            f"{name or 'the state'}: a tensor of type {kind} keeps its data elsewhere and cannot be stored as it is; track the plain "
-            "tensors that it is made of"
+            f"{name or 'the state'}: a tensor of type {kind} keeps its data elsewhere and cannot be stored as it is; "
+            "track the plain tensors that it is made of"
         )
 
 

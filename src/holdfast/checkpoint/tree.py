@@ -40,8 +40,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Leaf(NamedTuple):
-    """One array of a tree. `name` is its path, `/`-separated with `~1` for `/` and `~0` for `~` inside a component; where two paths look
-    the same (the keys 1 and "1"), the later one gets `~2`, `~3` and so on at its end."""
+    """One array of a tree. `name` is its path, `/`-separated with `~1` for `/` and `~0` for `~` inside a component; where two paths
+    look the same (the keys 1 and "1"), the later one gets `~2`, `~3` and so on at its end."""
 
     name: str
     value: Any
@@ -91,7 +91,7 @@ def _child(path: str, key: object) -> str:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Thousands of small objects that stay would set off full collections, which cost more than everything else that is done here."""
+    """Thousands of small objects that stay would set off full collections, which cost more than all else that is done here."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -368,6 +368,7 @@ def unflatten(document: Any, array: Callable[[str], Any]) -> Any:
     Raises FormatError for broken documents and UnsupportedState for codecs that are not registered.
     """
     try:
-        return _Builder(array).build(document)
+        with collector_paused():
+            return _Builder(array).build(document)
     except RecursionError:
         raise FormatError("the checkpoint's state document is nested too deeply") from None

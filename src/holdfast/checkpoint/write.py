@@ -37,7 +37,7 @@ from holdfast.store.base import Store
 __all__ = ["KnownChunks", "Written", "block_hashes", "write_checkpoint"]
 
 _MIN_LIVE_SHARE = 0.25
-"""An old object is referred to only if at least this share of it is still wanted: storage stays within four times the live bytes."""
+"""An old object is referred to only if at least this share of it is still wanted: storage stays within four times what is live."""
 
 
 _BATCH_BYTES = 4 << 20

@@ -55,6 +55,7 @@ class Saves:
         self._put_off_at = 0
         self._last: SaveHandle | None = None
         self._mutating = 0
+        self._is_prepared = False
 
     @property
     def elapsed_s(self) -> float:
@@ -65,6 +66,10 @@ class Saves:
     def boundary(self, *, epoch_ended: bool) -> None:
         """Save if it is time, or as soon as it may be."""
         step = self._place.step
+        if not self._is_prepared and self._gate.any_stepped:
+            # From the first step of an optimizer on, the state has its full size.
+            self._is_prepared = True
+            self._saver.prepare(self._capture("preparing", False).flat)
         due = self._pacing.boundary(step, epoch_ended=epoch_ended, busy=self._saver.busy)
         reason = self._put_off or due or ("asked for" if self._asked is not None else None)
         if reason is not None:
