@@ -43,6 +43,7 @@ from holdfast.core.errors import (
 )
 
 if TYPE_CHECKING:
+    from holdfast.checkpoint.retain import Keep
     from holdfast.checkpoint.saver import SaveHandle
     from holdfast.checkpoint.tree import register_codec
     from holdfast.train.run import Run
@@ -57,6 +58,7 @@ __all__ = [
     "HoldfastError",
     "HoldfastWarning",
     "IntegrityError",
+    "Keep",
     "NotFound",
     "PermissionDenied",
     "Preempted",
@@ -81,6 +83,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Keep": "holdfast.checkpoint.retain",
     "Run": "holdfast.train.run",
     "SaveHandle": "holdfast.checkpoint.saver",
     "register_codec": "holdfast.checkpoint.tree",

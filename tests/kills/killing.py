@@ -91,7 +91,9 @@ class Victim:
 class Ground:
     """A run under attack: its URL, its folder on this machine, and how often it has been killed."""
 
-    def __init__(self, zygote: Zygote, folder: Path, url: str, environ: dict[str, str] | None = None, **train: Any) -> None:
+    def __init__(
+        self, zygote: Zygote, folder: Path, url: str, environ: dict[str, str] | None = None, **train: Any
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.zygote, self.folder, self.url, self.train = zygote, folder, url, train
         self.environ = environ or {}

@@ -87,7 +87,9 @@ def test_killed_at(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, st
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_ended_during_evaluation(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+def test_ended_during_evaluation(
+    zygote: Zygote, reference: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
     """The evaluation is done again, not skipped; a signal with a handler leaves at once and loses no step."""
     ground = Ground(zygote, tmp_path, str(tmp_path / "run"), save_every="1 h")
     attempt = ground.start(pause_in=f"evaluating:{PER_EPOCH}")

@@ -1,6 +1,7 @@
 """A process that has torch imported and forks a victim on demand, so that a hundred restarts do not import torch a hundred times.
 
-Reads one JSON request per line on stdin, answers one JSON line on stdout: {"start": {...}} → {"pid": n}; {"wait": pid} → {"status": n}.
+Reads one JSON request per line on stdin and answers with one JSON line on stdout:
+{"start": {...}} → {"pid": n}; {"wait": pid} → {"status": n}.
 It stays single-threaded, so forking it is safe.
 """
 

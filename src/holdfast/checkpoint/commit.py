@@ -19,7 +19,7 @@ from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, condemn, find_o
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
 from holdfast.core.clock import Clock
-from holdfast.core.errors import IntegrityError, NotFound, SaveError
+from holdfast.core.errors import IntegrityError, NotFound, SaveError, StoreFull
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
@@ -53,7 +53,9 @@ class Committer:
         hashing: Executor,
         sending: Executor,
         before_commit: Callable[[], None] = lambda: None,
+        figure: Callable[[int], float | None] = lambda step: None,
     ) -> None:
+        self._figure = figure
         self._store, self._lineage, self._keep, self._open_home = store, lineage, keep, open_home
         self._clock, self._tokens, self._before_commit = clock, tokens, before_commit
         self._hashing, self._sending = hashing, sending
@@ -63,7 +65,31 @@ class Committer:
         self._deleted: set[str] = set()
 
     def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
-        """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises."""
+        """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises.
+
+        When the store is full, garbage is swept (orphans of dead attempts may be what fills it) and the save is tried once more.
+        """
+        try:
+            return self._commit(snapshot, finish)
+        except StoreFull:
+            if not self._make_room():
+                raise
+            return self._commit(snapshot, finish)
+
+    def _make_room(self) -> bool:
+        """Sweep without a new checkpoint. Whether anything was deleted."""
+        self._lineage.settle()
+        orphans = self._orphans or set()
+        if orphans - set(self._lineage.head.condemned):
+            self._lineage.advance(
+                "sweep",
+                lambda head: msgspec.structs.replace(
+                    head, condemned=sorted({*head.condemned, *orphans} - self._deleted)
+                ),
+            )
+        return bool(self.sweep())
+
+    def _commit(self, snapshot: Snapshot, finish: bool) -> Committed:
         # Deduplication is decided against the head that the commit is built on, so an unknown outcome is resolved first.
         self._lineage.settle()
         head = self._lineage.head
@@ -78,6 +104,7 @@ class Committer:
         ref = CheckpointRef(
             name=written.root.name, root_blake3=written.root_blake3, step=snapshot.step, epoch=snapshot.epoch,
             generation=head.generation, attempt=head.attempt, unix_s=self._clock.unix_s(), total_bytes=written.total_bytes,
+            figure=self._figure(snapshot.step),
         )  # fmt: skip
         self.roots.remember(written.root)
         head = self._lineage.advance(

@@ -78,7 +78,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A retained checkpoint as a head names it. `home` is the URL of another run whose checkpoint this one refers to (a fork)."""
+    """A retained checkpoint as a head names it. `home` is the URL of another run whose checkpoint this one refers to (a fork);
+    `figure` the value of the metric that retention goes by, as it was last logged."""
 
     name: str
     root_blake3: str
@@ -89,6 +90,7 @@ class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
     unix_s: float
     total_bytes: int
     home: str | None = None
+    figure: float | None = None
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,15 +10,17 @@ Invariants (docs/decisions/0002-numbered-heads.md):
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from holdfast.checkpoint.format import MAX_RECORD_BYTES, CheckpointRef, Head, Pin, PinnedBy, Root, digest, unseal
 from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.core.config import Duration, parse_duration_s
 from holdfast.core.errors import FormatError, HoldfastError, IntegrityError, NotFound, UsageError
 from holdfast.store.base import Store, is_key
 
@@ -43,25 +45,62 @@ StoreOpener = Callable[[str], Store]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What retention keeps of the current generation: the newest `last` checkpoints. Of older generations the newest one stays
-    until somebody removes it. `None` keeps everything."""
+    """Which checkpoints of the current generation stay: those that any of the rules wants. Of older generations the newest one
+    stays until somebody removes it.
+
+    last: the newest ones; None keeps everything.
+    every: also one per so much time ("6 h"): the first, and each that is at least so much younger than the one kept before it.
+    best: also the best by this logged metric, as it was last logged before the checkpoint's step ended. Among equals (no new value
+        was logged in between) the oldest, which is the one that was measured.
+    best_count: how many of the best.
+    mode: whether a smaller ("min") or a larger ("max") figure is better. nan is never the best.
+    """
 
     last: int | None = 3
+    every: Duration | None = None
+    best: str | None = None
+    best_count: int = 1
+    mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
             raise UsageError(f"keep must be at least 1 (or None for everything), not {self.last}")
+        if self.best_count < 1 or self.mode not in ("min", "max"):
+            raise UsageError(
+                f'Keep: best_count={self.best_count} must be at least 1, mode={self.mode!r} "min" or "max"'
+            )
+        if self.every is not None:
+            parse_duration_s(self.every)
 
     def select(self, checkpoints: Sequence[CheckpointRef], generation: int) -> list[CheckpointRef]:
         """The checkpoints that stay, in their order (oldest first)."""
         if self.last is None:
             return list(checkpoints)
         current = [ref for ref in checkpoints if ref.generation == generation]
-        kept = {ref.name for ref in current[-self.last :]}
+        kept = {ref.name for ref in (*current[-self.last :], *self._periodic(current), *self._best(current))}
         kept |= {
             ref.name for ref in {ref.generation: ref for ref in checkpoints if ref.generation != generation}.values()
         }
         return [ref for ref in checkpoints if ref.name in kept]
+
+    def _periodic(self, current: Sequence[CheckpointRef]) -> list[CheckpointRef]:
+        # Each choice depends only on older ones that stay, so dropping a newer checkpoint never changes it.
+        chosen: list[CheckpointRef] = []
+        if self.every is not None:
+            period_s = parse_duration_s(self.every)
+            for ref in current:
+                if not chosen or ref.unix_s - chosen[-1].unix_s >= period_s:
+                    chosen.append(ref)
+        return chosen
+
+    def _best(self, current: Sequence[CheckpointRef]) -> list[CheckpointRef]:
+        if self.best is None:
+            return []
+        sign = 1 if self.mode == "min" else -1
+        measured = {
+            ref.figure: ref for ref in reversed(current) if ref.figure is not None and not math.isnan(ref.figure)
+        }
+        return sorted(measured.values(), key=lambda ref: sign * (ref.figure or 0.0))[: self.best_count]
 
 
 def root_key(name: str) -> str:

@@ -71,13 +71,14 @@ class Saver:
         sink: Sink,
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[CheckpointRef], None] = lambda ref: None,
+        figure: Callable[[int], float | None] = lambda step: None,
     ) -> None:
         self._options, self._clock, self._sink, self._committed = options, clock, sink, committed
         self._hashing = DaemonPool(options.hash_threads, "holdfast-hash")
         self._sending = DaemonPool(options.send_threads, "holdfast-send")
         self._committer = Committer(
             store, lineage, keep=options.keep, open_home=open_home, clock=clock, tokens=tokens, hashing=self._hashing,
-            sending=self._sending, before_commit=before_commit,
+            sending=self._sending, before_commit=before_commit, figure=figure,
         )  # fmt: skip
         self._layout: Layout | None = None
         self._budget: StagingBudget | None = None

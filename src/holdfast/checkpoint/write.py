@@ -31,6 +31,7 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.retain import root_key
 from holdfast.checkpoint.snapshot import Snapshot
+from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
@@ -151,6 +152,14 @@ class _Objects:
         self.puts.append(self._pool.submit(self._put, key, self._open))
         self._open, self._open_bytes = [], 0
 
+    def discard(self) -> None:
+        """Delete what has been put. Only while no head that names it has been put; gives up at the first failure."""
+        try:
+            for ref in self.refs:
+                self._store.delete(ref.key)
+        except HoldfastError:
+            return
+
     def _put(self, key: str, pieces: list[_Piece]) -> None:
         self._store.put(key, [self._snapshot.read(p.array, p.start, p.length) for p in pieces])
 
@@ -167,7 +176,10 @@ def write_checkpoint(
     hashing: Executor,
     sending: Executor,
 ) -> Written:
-    """Make a snapshot durable. Raises what the store raises; what was uploaded by then is an orphan that a later attempt sweeps.
+    """Make a snapshot durable. Raises what the store raises.
+
+    What a failed write has uploaded is deleted at once, which is safe because no head that names it was ever put; what cannot be
+    deleted is an orphan that a later attempt sweeps.
 
     `sequence` is the number of the head that will name it; together with a nonce it makes the checkpoint's name unique.
     """
@@ -182,6 +194,7 @@ def write_checkpoint(
             put.cancel()
         # What is still being sent reads the snapshot's memory, which the caller fills anew.
         wait(objects.puts)
+        objects.discard()
         raise
     name = f"checkpoints/{sequence:08d}-{attempt}-{tokens()}"
     root, root_blake3 = _put_index(snapshot, store, part, run_id, name)

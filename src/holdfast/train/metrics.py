@@ -22,6 +22,7 @@ from holdfast.core.events import Event, Sink
 
 __all__ = ["Logger", "Metrics"]
 
+_REMEMBERED = 10_000
 Logger = Callable[[int, Mapping[str, float]], None]
 """Called with the step and its figures, in order, in the training thread."""
 
@@ -43,6 +44,14 @@ class Metrics:
         self._rows: deque[_Row] = deque()
         self._told: deque[tuple[int, dict[str, float]]] = deque()
         self._lock = threading.Lock()
+        self.watched: str | None = None
+        """A figure whose values are remembered for `watched_at`."""
+        self._seen: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+
+    def watched_at(self, step: int) -> float | None:
+        """The watched figure as it was last logged up to `step`, among those that have settled."""
+        with self._lock:
+            return next((value for logged, value in reversed(self._seen) if logged <= step), None)
 
     def log(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Record figures of a step: numbers, or tensors and arrays of one element. Raises UsageError for anything else."""
@@ -73,6 +82,8 @@ class Metrics:
                 values = {name: float(value) for name, value in row.values.items()}
                 fields = {"step": row.step, "epoch": row.epoch, "values": {k: _json(v) for k, v in values.items()}}
                 self._sink.emit(Event("metrics", row.unix_s, fields))
+                if self.watched in values:
+                    self._seen.append((row.step, values[self.watched]))
                 if self._loggers:
                     self._told.append((row.step, values))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,6 +84,14 @@ class Record:
     def log(self, step: int, epoch: int, figures: Mapping[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.log(step, epoch, figures)
+
+    def watch(self, figure: str | None) -> Callable[[int], float | None]:
+        """The value of a figure as it was last logged up to a step; None where it never was, or none is watched."""
+        metrics = self._metrics
+        if figure is None or metrics is None:
+            return lambda step: None
+        metrics.watched = figure
+        return metrics.watched_at
 
     def flush(self) -> None:
         """Before a commit: what was logged up to a step is durable once that step is."""

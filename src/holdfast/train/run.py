@@ -46,7 +46,8 @@ class Run:
     url: where the run's state lives (`s3://…`, `gs://…`, `az://…`, `file:///…`, `./…`); default: `$HOLDFAST_RUN`, else
         `./runs/<script>`.
     save_every: `"500 steps"`, `"10 min"`, `"epoch"`, `"auto"`, or several of them; a save at the end is always made.
-    keep: how many of the newest checkpoints stay; None keeps all.
+    keep: how many of the newest checkpoints stay; None keeps all. `Keep(last=3, every="6 h", best="validation_loss")` also
+        keeps one per so much time, and the best by a logged metric.
     max_lost_work: with `"auto"`, the most work that one preemption may cost: a time, or a share of the expected runtime (`"2 %"`).
     max_unsaved: how many saves in a row may fail with a warning; one more raises TooManyUnsaved.
     staging_cap: the most host memory for snapshots on this machine (`"8 GiB"`); default two snapshots or 40 % of what is free.
@@ -68,7 +69,7 @@ class Run:
         url: str | os.PathLike[str] | None = None,
         *,
         save_every: SaveEvery = "auto",
-        keep: int | None = 3,
+        keep: int | Keep | None = 3,
         max_lost_work: Duration = "10 min",
         max_unsaved: int = 3,
         staging_cap: Bytes | None = None,
@@ -87,7 +88,7 @@ class Run:
         if max_unsaved < 0 or (seed is not None and seed < 0):
             raise UsageError(f"max_unsaved ({max_unsaved}) and seed ({seed}) must not be negative")
         saver_options = SaverOptions(
-            keep=Keep(last=keep),
+            keep=keep if isinstance(keep, Keep) else Keep(last=keep),
             staging_cap_bytes=None if staging_cap is None else parse_bytes(staging_cap),
             local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
             max_unsaved=max_unsaved,

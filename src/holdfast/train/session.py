@@ -132,6 +132,7 @@ class Session:
             sink=self._record.open(self.store, lineage.head.attempt),
             before_commit=self._record.flush,
             committed=lambda ref: self._record.committed(ref.step),
+            figure=self._record.watch(self._options.saver.keep.best),
         )
 
     def _start_saves(self, saver: Saver, claim: Claim) -> Saves:
