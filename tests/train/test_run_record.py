@@ -62,7 +62,7 @@ def test_figures_of_every_kind_arrive_in_order() -> None:
 @pytest.mark.parametrize(
     "value",
     ["0.5", None, [1.0], torch.ones(2), torch.ones(0), np.ones(3), 1j, torch.tensor(1j), 10**400, object()],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_figure_is_refused(value: Any) -> None:
     with pytest.raises(UsageError, match=r"log\(loss=…\)"), holdfast.Run("./run", open_store=Stores()) as run:

@@ -7,20 +7,19 @@ standard error. Nothing that takes something away happens before a yes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from holdfast.cli.checkpoint_exchange import export_command, import_command
 from holdfast.cli.checkpoint_tables import print_details, print_json, print_listing, print_report
+from holdfast.cli.terminal import STEP_HELP, Json, Url, opened_stores, progress_bar
 from holdfast.core.config import format_bytes
 from holdfast.core.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.format import CheckpointRef
     from holdfast.checkpoint.rollback import Dropping
-    from holdfast.store.base import Store
 
 __all__ = ["EXIT_UNKNOWN", "EXIT_UNSOUND", "checkpoints_app"]
 
@@ -30,16 +29,13 @@ EXIT_UNKNOWN = 3
 """The store did not answer or did not allow it: nothing is known about the bytes."""
 
 checkpoints_app = typer.Typer(
-    help="Look at a run's checkpoints, verify them, go back to one, fork a run, remove one.",
+    help="Look at a run's checkpoints, verify them, go back to one, fork a run, export, import, remove.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="The run: s3://bucket/runs/gpt, gs://…, az://…, ./runs/gpt")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")]
-_STEP_HELP = 'A step, "latest", or the name of a checkpoint.'
 
 
 @checkpoints_app.command("ls")
@@ -61,7 +57,7 @@ def ls(url: Url, json: Json = False) -> None:
     from holdfast.checkpoint.inspect import list_checkpoints
     from holdfast.core.clock import SystemClock
 
-    with _stores() as open_home:
+    with opened_stores() as open_home:
         listing = list_checkpoints(open_home(url), clock=SystemClock())
     if json:
         print_json(listing)
@@ -71,7 +67,7 @@ def ls(url: Url, json: Json = False) -> None:
 
 @checkpoints_app.command("show")
 def show(
-    url: Url, step: Annotated[str, typer.Option(metavar="STEP", help=_STEP_HELP)] = "latest", json: Json = False
+    url: Url, step: Annotated[str, typer.Option(metavar="STEP", help=STEP_HELP)] = "latest", json: Json = False
 ) -> None:
     """Show one checkpoint: its metadata, its arrays, its objects, and what changed since the one before.
 
@@ -88,7 +84,7 @@ def show(
     from holdfast.checkpoint.inspect import show as look
     from holdfast.core.clock import SystemClock
 
-    with _stores() as open_home:
+    with opened_stores() as open_home:
         details = look(open_home(url), step, open_home=open_home, clock=SystemClock())
     if json:
         print_json(details)
@@ -100,7 +96,7 @@ def show(
 def verify(
     url: Url,
     step: Annotated[
-        str | None, typer.Option(metavar="STEP", help=_STEP_HELP, show_default="every retained checkpoint")
+        str | None, typer.Option(metavar="STEP", help=STEP_HELP, show_default="every retained checkpoint")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -125,7 +121,7 @@ def verify(
     from holdfast.checkpoint.verify import verify as check
 
     try:
-        with _stores() as open_home, _progress("Verifying") as progress:
+        with opened_stores() as open_home, progress_bar("Verifying") as progress:
             report = check(open_home(url), step, open_home=open_home, progress=progress)
     except StoreError as error:
         typer.echo(f"holdfast: {' '.join(str(error).split())}", err=True)
@@ -141,7 +137,7 @@ def verify(
 @checkpoints_app.command("rollback")
 def rollback(
     url: Url,
-    step: Annotated[str, typer.Option(metavar="STEP", help=_STEP_HELP)],
+    step: Annotated[str, typer.Option(metavar="STEP", help=STEP_HELP)],
     yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -164,13 +160,13 @@ def rollback(
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 
-    with _stores() as open_home:
+    with opened_stores() as open_home:
         store = open_home(url)
         plan = plan_rollback(store, step)
         if not dry_run:
             _say(f"{plan.url}: back to {_named(plan.target)}. {_loss(plan)} {_FENCES}")
             _ask(yes)
-        with _progress("Verifying") as progress:
+        with progress_bar("Verifying") as progress:
             done = go_back(
                 store, step, open_home=open_home, clock=SystemClock(), tokens=random_token, dry_run=dry_run,
                 progress=progress,
@@ -189,7 +185,7 @@ def rollback(
 def fork(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The run to begin with.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The new run's URL; nothing may be there yet.")],
-    step: Annotated[str, typer.Option(metavar="STEP", help=_STEP_HELP)] = "latest",
+    step: Annotated[str, typer.Option(metavar="STEP", help=STEP_HELP)] = "latest",
     copy: Annotated[
         bool,
         typer.Option("--copy", help="Copy the bytes, so that the new run stands alone (other bucket, cloud or disk)."),
@@ -213,7 +209,7 @@ def fork(
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 
-    with _stores() as open_home, _progress("Copying") as progress:
+    with opened_stores() as open_home, progress_bar("Copying") as progress:
         forked = begin(
             source, target, step, "copy" if copy else "reference", open_home=open_home, clock=SystemClock(),
             tokens=random_token, progress=progress,
@@ -230,7 +226,7 @@ def rm(
     url: Url,
     step: Annotated[
         str | None,
-        typer.Option(metavar="STEP", help=f"Only this checkpoint. {_STEP_HELP}", show_default="the whole run"),
+        typer.Option(metavar="STEP", help=f"Only this checkpoint. {STEP_HELP}", show_default="the whole run"),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also when forks refer to the run: they lose what they borrowed.")
@@ -262,7 +258,7 @@ def rm(
         raise UsageError(
             "--force is for whole runs: a single checkpoint that forks refer to is dropped, and kept for them"
         )
-    with _stores() as open_home:
+    with opened_stores() as open_home:
         store = open_home(url)
         outcome: Any
         if step is not None:
@@ -280,7 +276,7 @@ def rm(
             if step is not None:
                 outcome = dropping.drop(store, step, open_home=open_home, clock=SystemClock(), tokens=random_token)
             else:
-                with _progress("Removing", unit="objects") as progress:
+                with progress_bar("Removing", unit="objects") as progress:
                     outcome = removing.remove(
                         store,
                         open_home=open_home,
@@ -297,6 +293,10 @@ def rm(
         typer.echo(f"{outcome.url}: removed.")
         if step is None and outcome.kept_objects:
             typer.echo(f"{outcome.kept_objects} objects stay, because {', '.join(outcome.forks)} refers to them.")
+
+
+checkpoints_app.command("export")(export_command)
+checkpoints_app.command("import")(import_command)
 
 
 # ---- asking and telling
@@ -333,39 +333,3 @@ def _loss(dropping: Dropping, *, would: bool = False) -> str:
         if len(dropping.dropped) == 1:
             what = what.replace("The checkpoints", "The checkpoint").replace(" are ", " is ")
     return f"{what} The run is no longer finished." if dropping.was_finished and dropping.target else what
-
-
-@contextmanager
-def _stores() -> Iterator[Callable[[str], Store]]:
-    """Opens stores, each run once, and closes them all at the end."""
-    from holdfast.store.open import normalise_url, open_store
-
-    opened: dict[str, Store] = {}
-
-    def open_home(url: str) -> Store:
-        canonical = normalise_url(url)
-        if canonical not in opened:
-            opened[canonical] = open_store(canonical)
-        return opened[canonical]
-
-    try:
-        yield open_home
-    finally:
-        for store in opened.values():
-            store.close()
-
-
-@contextmanager
-def _progress(doing: str, *, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    count = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(doing, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

@@ -105,7 +105,7 @@ def open_run(
             raise RunRemoved(
                 f"{store.url}: this run has been removed. Start over here with fresh=True, or use another URL"
             )
-        if is_default_url and head.checkpoints and head.identity != identity:
+        if is_default_url and head.checkpoints and head.identity not in ("", identity):
             raise DifferentRun(
                 f"{store.url}: another experiment lives here (its tracked objects or its config differ from this script's). "
                 "Give this one a URL of its own: Run('./runs/NAME'), start over here with fresh=True or `holdfast run --fresh`, "

@@ -59,8 +59,14 @@ class Place:
         }
 
     def resume(self, state: dict[str, Any]) -> list[str]:
-        """Begin where `state` was. Returns lines about what could not be restored on this hardware."""
-        self.step = int(state["step"])
+        """Begin where `state` was. Returns lines about what could not be restored on this hardware.
+
+        The state of an imported checkpoint has no position: the loop begins at its start, its random generators and seed as the
+        script has set them, and only the steps are counted on.
+        """
+        self.step = int(state.get("step", 0))
+        if "position" not in state:
+            return []
         self.position = Position.from_json(state["position"])
         self.seed = int(state["seed"])
         self._resumed = state

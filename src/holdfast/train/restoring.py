@@ -30,10 +30,17 @@ _RETIRED_KEYS = {"verbose"}
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What came out of a checkpoint beside the tracked objects: holdfast's own state, and what `strict=False` left out."""
+    """What came out of a checkpoint beside the tracked objects: holdfast's own state, what was left out under `strict=False`, and
+    which tracked objects an imported checkpoint does not hold, so that they stay as the script made them."""
 
     own: dict[str, Any]
     skipped: tuple[str, ...]
+    untouched: tuple[str, ...] = ()
+
+    @property
+    def imported(self) -> bool:
+        """Whether the checkpoint came from another tool's file: it knows nothing of a loop."""
+        return "position" not in self.own
 
 
 @dataclass(slots=True)
@@ -78,10 +85,11 @@ def load_checkpoint(
     if not isinstance(document, dict) or not isinstance(document.get("tracked"), dict):
         raise FormatError("the checkpoint's state document does not hold tracked objects")
     saved: dict[str, Any] = document["tracked"]
-    differences = _missing(saved, tracker)
+    own = read_tree(reader, pool, document.get("holdfast")) or {}
+    untouched = [name for name in tracker.names() if name not in saved] if "position" not in own else []
+    differences = _missing(saved, tracker, untouched)
     plan: list[tuple[Tracked, Any]] = []
     destinations: dict[str, _Destination] = {}
-    own = read_tree(reader, pool, document.get("holdfast"))
     parameters = tracker.parameters()
     for name, tracked in tracker:
         if name not in saved:
@@ -104,7 +112,7 @@ def load_checkpoint(
                 adapter.assign(target, item.array)
     for tracked, tree in plan:
         _load(tracked, tree, tracker)
-    return Loaded(own, tuple(differences))
+    return Loaded(own, tuple(differences), tuple(untouched))
 
 
 def _load(tracked: Tracked, tree: Any, tracker: Tracker) -> None:
@@ -120,10 +128,10 @@ def _load(tracked: Tracked, tree: Any, tracker: Tracker) -> None:
         ) from error
 
 
-def _missing(saved: dict[str, Any], tracker: Tracker) -> list[str]:
+def _missing(saved: dict[str, Any], tracker: Tracker, untouched: Sequence[str]) -> list[str]:
     names = tracker.names()
     lost = [f"{name}: is in the checkpoint, but the script no longer tracks it" for name in saved if name not in names]
-    new = [f"{name}: is tracked, but not in the checkpoint" for name in names if name not in saved]
+    new = [f"{name}: is tracked, but not in the checkpoint" for name in names if name not in {*saved, *untouched}]
     return lost + new
 
 

@@ -72,6 +72,7 @@ class Session:
         self._saver: Saver | None = None
         self.claim: Claim | None = None
         self.restored = False
+        self._is_imported = False
         self.gate = StepGate({}, lambda: None)
         self.saves: Saves | None = None
 
@@ -173,7 +174,12 @@ class Session:
             self._record.warn(line)
         if asked is not None and asked != place.seed:
             self._record.warn(f"seed={asked} is ignored: this run's data order was begun with seed {place.seed}")
-        self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
+        self._is_imported = loaded.imported
+        if loaded.imported:
+            rest = f"; {', '.join(loaded.untouched)} as the script made them" if loaded.untouched else ""
+            self._record.say(f"{self._options.url}: begins with imported weights{rest}")
+        else:
+            self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
         if self._saver is not None:
             self._saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
             self._saver.roots.remember(reader.root)
@@ -202,8 +208,9 @@ class Session:
             restored=restored.ref.name if restored else None,
             environment=self._settings.environment,
         )
-        where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if restored else "starts"
-        lost = f"; {previous - step} steps are computed again" if previous > step else ""
+        resumes = restored is not None and not self._is_imported
+        where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if resumes else "starts"
+        lost = f"; {_steps(previous - step)} computed again" if previous > step else ""
         record.say(f"{self._options.url}: attempt {claim.lineage.head.attempt} {where}{lost}")
         record.restored(step)
         record.entered(Phase.TRAINING)
@@ -251,3 +258,7 @@ class Session:
                             if isinstance(value, torch.Tensor)
                         )
         return lambda leaf: isinstance(leaf.value, torch.Tensor) and leaf.value.data_ptr() in owned
+
+
+def _steps(count: int) -> str:
+    return "1 step is" if count == 1 else f"{count} steps are"
