@@ -19,10 +19,10 @@ from run_builder import (
     trees_equal,
 )
 
-from holdfast.checkpoint.fork import fork
 from holdfast.checkpoint.heads import head_numbers
-from holdfast.checkpoint.remove import plan_removal, remove
-from holdfast.checkpoint.rollback import drop, plan_drop, plan_rollback, rollback
+from holdfast.checkpoint.runs.fork import fork
+from holdfast.checkpoint.runs.remove import plan_removal, remove
+from holdfast.checkpoint.runs.rollback import drop, plan_drop, plan_rollback, rollback
 from holdfast.core.errors import Fenced, HoldfastError, IntegrityError, RunConflict, RunRemoved, SaveError, UsageError
 from holdfast.core.ids import seeded_tokens
 from holdfast.store.base import Store

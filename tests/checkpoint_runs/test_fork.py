@@ -21,10 +21,10 @@ from run_builder import (
     trees_equal,
 )
 
-from holdfast.checkpoint.fork import Forked, Mode, fork
-from holdfast.checkpoint.remove import remove
 from holdfast.checkpoint.retain import pinned_keys
-from holdfast.checkpoint.verify import verify
+from holdfast.checkpoint.runs.fork import Forked, Mode, fork
+from holdfast.checkpoint.runs.remove import remove
+from holdfast.checkpoint.runs.verify import verify
 from holdfast.core.errors import (
     HoldfastError,
     IntegrityError,

@@ -6,8 +6,8 @@ import pytest
 from run_builder import FakeClock, Trainer, head_of, tree_at
 
 from holdfast.checkpoint.format import head_key
-from holdfast.checkpoint.inspect import find_checkpoint, freed_bytes, list_checkpoints, show
-from holdfast.checkpoint.verify import verify
+from holdfast.checkpoint.runs.inspect import find_checkpoint, freed_bytes, list_checkpoints, show
+from holdfast.checkpoint.runs.verify import verify
 from holdfast.core.errors import IntegrityError, StoreUnavailable, UsageError
 from holdfast.store.base import Store
 from holdfast.store.memory import MemoryStore

@@ -8,9 +8,9 @@ from typing import Any
 from make_fixture import Attempt, StoppedClock, tree
 from same_bits import read_by_holdfast
 
-from holdfast.checkpoint.adopt import AnyFormat, Imported, import_checkpoint
-from holdfast.checkpoint.exchange import Format
-from holdfast.checkpoint.export import Exported, export_checkpoint
+from holdfast.checkpoint.exchange.adopt import AnyFormat, Imported, import_checkpoint
+from holdfast.checkpoint.exchange.export import Exported, export_checkpoint
+from holdfast.checkpoint.exchange.note import Format
 from holdfast.checkpoint.heads import read_truth
 from holdfast.core.ids import seeded_tokens
 from holdfast.store.base import Store

@@ -22,7 +22,7 @@ from make_fixture import tree
 from same_bits import plain
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from holdfast.checkpoint.exchange import FORMATS, Format
+from holdfast.checkpoint.exchange.note import FORMATS, Format
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.read import open_checkpoint
 from holdfast.core.errors import UnsupportedState, UsageError

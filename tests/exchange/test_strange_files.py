@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from holdfast.checkpoint.exchange import FORMATS, NOTE_KEY, Format
+from holdfast.checkpoint.exchange.note import FORMATS, NOTE_KEY, Format
 from holdfast.core.errors import FormatError, HoldfastError, IntegrityError, UsageError
 from holdfast.store.memory import MemoryStore
 

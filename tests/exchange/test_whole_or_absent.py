@@ -14,12 +14,12 @@ from make_fixture import Attempt, StoppedClock, tree
 from same_bits import plain
 from typer.testing import CliRunner, Result
 
-from holdfast.checkpoint import rollback
-from holdfast.checkpoint.adopt import import_checkpoint
-from holdfast.checkpoint.exchange import FORMATS, Format
-from holdfast.checkpoint.export import export_checkpoint
+from holdfast.checkpoint.runs import rollback
+from holdfast.checkpoint.exchange.adopt import import_checkpoint
+from holdfast.checkpoint.exchange.export import export_checkpoint
+from holdfast.checkpoint.exchange.note import FORMATS, Format
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.verify import verify
+from holdfast.checkpoint.runs.verify import verify
 from holdfast.cli.checkpoints import checkpoints_app
 from holdfast.core.errors import Fenced, IntegrityError, RunConflict, StoreUnavailable, UsageError
 from holdfast.core.ids import seeded_tokens

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.checkpoint.fork import fork
 from holdfast.checkpoint.read import restore_newest
 from holdfast.checkpoint.retain import Keep, StoreOpener
+from holdfast.checkpoint.runs.fork import fork
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tree import flatten
 from holdfast.core.events import NullSink

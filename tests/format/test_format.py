@@ -15,9 +15,9 @@ import make_fixture
 from independent_reader import Reader
 from same_bits import plain, read_by_holdfast
 
-from holdfast.checkpoint.fork import fork
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.runs.fork import fork
 from holdfast.core.ids import seeded_tokens
 from holdfast.store.local import LocalStore
 from holdfast.store.open import open_store

@@ -1,5 +1,6 @@
 """A small but awkward training run to be killed: BatchNorm, Dropout, random augmentation in loader workers, OneCycle, a frozen
-part, tied weights, gradient clipping, an evaluation after every epoch, and a record of every sample in the order in which it was used."""
+part, tied weights, gradient clipping, an evaluation after every epoch, and a record of every sample in the order in which it was
+used."""
 
 from __future__ import annotations
 

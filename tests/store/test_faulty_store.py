@@ -7,9 +7,17 @@ import signal
 
 import pytest
 
-from holdfast.core.errors import IntegrityError, PermissionDenied, StoreFull, StoreUnavailable, StoreUnsafe, UsageError
+from holdfast.core.errors import (
+    IntegrityError,
+    PermissionDenied,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    StoreUnsafe,
+    UsageError,
+)
 from holdfast.store import MemoryStore, probe_conditional_writes
-from holdfast.testing.faulty_store import Fault, FaultyStore, KillSwitch, at, seeded
+from holdfast.testing.faulty_store import Fault, FaultyStore, KillSwitch, always, at, seeded, since
 
 
 class _Clock:
@@ -99,6 +107,61 @@ def test_latency_goes_through_the_injected_clock() -> None:
     assert clock.slept_s == 7.5
 
 
+def test_a_timeout_takes_its_time_and_applies_nothing() -> None:
+    clock = _Clock()
+    inner = MemoryStore()
+    store = FaultyStore(inner, always(Fault.TIMED_OUT, "put", "list"), clock=clock, slow_s=30.0)
+    with pytest.raises(StoreUnavailable):
+        store.put("a", b"1")
+    with pytest.raises(StoreUnavailable):
+        store.list()
+    assert clock.slept_s == 60.0
+    assert list(inner.list()) == []
+
+
+def test_a_read_that_breaks_off_has_spoilt_the_callers_buffer() -> None:
+    inner = MemoryStore()
+    inner.put("a", b"0123456789")
+    store = FaultyStore(inner, always(Fault.BROKEN_OFF))
+    into = bytearray(b"old bytes!")
+    with pytest.raises(StoreUnavailable):
+        store.read_into("a", 0, memoryview(into))
+    assert into == b"01234ytes!"
+    with pytest.raises(StoreUnavailable):
+        store.get("a", max_bytes=10)
+    store.put("b", b"1")
+
+
+def test_a_stale_list_lacks_what_is_new_and_has_what_is_gone() -> None:
+    store = FaultyStore(MemoryStore(), at({2: Fault.STALE, 6: Fault.STALE}))
+    store.put("a/1", b"1")
+    store.put("a/2", b"1")
+    assert [entry.key for entry in store.list("a/")] == []
+    assert [entry.key for entry in store.list("a/")] == ["a/1", "a/2"]
+    store.put("a/3", b"1")
+    store.delete("a/1")
+    assert [entry.key for entry in store.list("a/")] == ["a/1", "a/2"]
+    assert [entry.key for entry in store.list("a/")] == ["a/2", "a/3"]
+
+
+def test_credentials_that_expire_and_permissions_that_are_too_narrow() -> None:
+    expiring = FaultyStore(MemoryStore(), since(2, Fault.DENIED))
+    expiring.put("a", b"1")
+    assert expiring.put_new("b", b"1")
+    for attempt in (lambda: expiring.get("a", max_bytes=1), lambda: expiring.put("c", b"1"), expiring.list):
+        with pytest.raises(PermissionDenied):
+            attempt()
+    narrow = FaultyStore(MemoryStore(), always(Fault.DENIED, "list", "delete"))
+    narrow.put("a", b"1")
+    assert narrow.get("a", max_bytes=1) == b"1"
+    with pytest.raises(PermissionDenied):
+        narrow.list()
+    with pytest.raises(PermissionDenied):
+        narrow.delete("a")
+    # A probe that may not be removed is no reason to refuse the store.
+    probe_conditional_writes(narrow, "token")
+
+
 def test_a_fault_that_does_not_suit_the_method_is_refused() -> None:
     with pytest.raises(UsageError, match="TAKEN_BY_ITSELF"):
         FaultyStore(MemoryStore(), at({0: Fault.TAKEN_BY_ITSELF})).put("a", b"1")
@@ -110,7 +173,7 @@ def test_a_seeded_plan_does_not_depend_on_the_order_of_arrival() -> None:
         for key in keys:
             try:
                 store.put_new(key, b"1")
-            except (StoreUnavailable, StoreFull, PermissionDenied):
+            except StoreError:
                 pass
         return {entry.operation.key: entry.fault for entry in store.log}
 

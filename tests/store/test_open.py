@@ -14,7 +14,6 @@ import holdfast.store
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.store import LocalStore, MemoryStore, normalise_url, open_store
 from holdfast.store.redaction import redact, secrets_among
-from holdfast.testing.servers import ministack_server
 
 _CLOUD_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME")
 
@@ -98,16 +97,6 @@ def test_folders_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     one.put("x", b"1")
     assert same.get("x", max_bytes=1) == b"1"
     assert list(other.list()) == []
-
-
-def test_the_environment_reaches_a_server_over_plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
-    with ministack_server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        store = open_store(server.make_bucket("bucket") + "/runs/x/")
-        assert store.url == "s3://bucket/runs/x"
-        store.put("a", b"1")
-        assert open_store("s3://bucket/runs").get("x/a", max_bytes=1) == b"1"
 
 
 def test_wrong_settings_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event
 
 import pytest
 from obstore.store import S3Store
@@ -24,8 +25,10 @@ from holdfast.core.errors import (
     StoreUnavailable,
     UsageError,
 )
-from holdfast.store import Store
+from holdfast.store import Store, open_store
 from holdfast.store.remote import ObjectStore, request_timeout_s
+from holdfast.testing.loopback import Answer as Reply
+from holdfast.testing.loopback import listening, reply
 
 _KEY, _SECRET = "AKIAEXAMPLEEXAMPLE00", "verySecretKeyThatNobodyMaySee"
 
@@ -35,41 +38,29 @@ Answer = Callable[[BaseHTTPRequestHandler], tuple[int, bytes] | None]
 
 @contextmanager
 def _server(answer: Answer) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        answered = answer(request)
+        if answered is None:
+            return
+        status, body = answered
+        request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        reply(request, Reply(status, (("ETag", '"1"'),), body))
 
-        def do_any(self) -> None:
-            answered = answer(self)
-            if answered is None:
-                return
-            status, body = answered
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"1"')
-            self.end_headers()
-            self.wfile.write(body)
+    with listening(handle) as endpoint:
+        yield endpoint
 
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_any  # noqa: N815
 
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
+class _BriskClock:
+    """Real time, in which every pause is short."""
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
+    def monotonic_s(self) -> float:
+        return time.monotonic()
 
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that hangs up is what some tests are about."""
+    def unix_s(self) -> float:
+        return time.time()
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.002))
 
 
 def _store(endpoint: str, *, retries: int = 0, timeout_s: float = 10.0) -> ObjectStore:
@@ -96,7 +87,7 @@ def _store(endpoint: str, *, retries: int = 0, timeout_s: float = 10.0) -> Objec
             },
         )
 
-    return ObjectStore("s3://bucket/run", connect, secrets=(_KEY, _SECRET))
+    return ObjectStore("s3://bucket/run", connect, secrets=(_KEY, _SECRET), clock=_BriskClock())
 
 
 _CALLS: dict[str, Callable[[Store], object]] = {
@@ -151,6 +142,78 @@ def test_every_answer_becomes_one_of_our_errors_without_secrets(status: int) -> 
             assert "a/" in text
             assert caught.value.__cause__ is None
             assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("AccessDenied", PermissionDenied), ("NoSuchKey", None), ("InvalidObjectState", StoreUnavailable)],
+)
+def test_s3_answers_a_refused_deletion_with_200(code: str, expected: type[StoreError] | None) -> None:
+    """The client deletes one object by the request for many, whose answer says of each what became of it."""
+    said = (
+        '<?xml version="1.0"?><DeleteResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Error><Key>run/a</Key><Code>{code}</Code><Message>key {_SECRET}</Message></Error></DeleteResult>"
+    ).encode()
+    with _server(lambda request: (200, said)) as endpoint:
+        if expected is None:
+            _store(endpoint).delete("a")
+            return
+        with pytest.raises(expected, match=code) as caught:
+            _store(endpoint).delete("a")
+        assert _SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "expected"), [("403 Forbidden", PermissionDenied), ("404 Not Found", None)])
+def test_azure_answers_a_refused_deletion_with_202(line: str, expected: type[StoreError] | None) -> None:
+    lines = (
+        "--b",
+        "Content-Type: application/http",
+        "Content-ID: 0",
+        "",
+        f"HTTP/1.1 {line}",
+        "x-ms-request-id: 1",
+        "",
+        "",
+        "--b--",
+        "",
+    )
+    part = "\r\n".join(lines)
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.rfile.read(int(request.headers["Content-Length"]))
+        reply(request, Reply(202, (("Content-Type", "multipart/mixed; boundary=b"),), part.encode()))
+
+    with listening(handle) as endpoint:
+        options = {"account_name": "account", "account_key": "aGlkZGVu", "endpoint": f"{endpoint}/account"}
+        store = open_store("az://container/run", options=options)
+        if expected is None:
+            store.delete("a")
+            return
+        with pytest.raises(expected, match="403"):
+            store.delete("a")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (409, "BlobAlreadyExists", False),
+        (409, "ContainerBeingDeleted", StoreUnavailable),
+        (409, "OperationAborted", StoreUnavailable),
+        (400, "ExpiredToken", PermissionDenied),
+        (400, "InvalidToken", PermissionDenied),
+        (400, "RequestTimeout", StoreUnavailable),
+    ],
+)
+def test_the_services_own_code_decides_where_the_status_is_ambiguous(
+    status: int, code: str, expected: type[StoreError] | bool
+) -> None:
+    with _server(lambda request: (status, f"<Error><Code>{code}</Code></Error>".encode())) as endpoint:
+        if expected is False:
+            assert not _store(endpoint).put_new("heads/1", b"mine")
+            return
+        assert isinstance(expected, type)
+        with pytest.raises(expected, match=code):
+            _store(endpoint).put_new("heads/1", b"mine")
 
 
 def test_a_missing_bucket_is_not_a_missing_object() -> None:

@@ -7,6 +7,7 @@ The way of the data, one file per station:
     staging.py   shared memory under a hard cap, where snapshots live
     snapshot.py  a consistent copy of the arrays at a step boundary
     write.py     chunks, block hashes, deduplication, objects; durable before anything names them
+    record.py    what the run is, written once
     heads.py     numbered heads: claim, commit, fencing
     commit.py    one checkpoint after the other: write, name it in a head, retain, sweep
     saver.py     the background thread that turns the newest snapshot into a checkpoint
@@ -14,10 +15,7 @@ The way of the data, one file per station:
     threads.py   threads that hash and send, and never keep a process from ending
     read.py      restore: verified, straight into memory, falling back when bytes do not verify
     retain.py    which checkpoints stay, what is condemned, what is swept
-    inspect.py   a run seen from outside: its checkpoints, what they hold and cost
-    verify.py    every byte of checkpoints read and checked
-    rollback.py  back to an older checkpoint; dropping single ones
-    fork.py      a new run that begins with another one's checkpoint, by reference or by copy
-    remove.py    a run taken away, so that it stays away
     format.py    the bytes of roots, parts, heads and pins
+    runs/        what people do to a run from outside: look, verify, roll back, fork, remove
+    exchange/    other tools' files: safetensors, torch, DCP
 """

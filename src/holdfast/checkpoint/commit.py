@@ -19,7 +19,7 @@ from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, condemn, find_o
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
 from holdfast.core.clock import Clock
-from holdfast.core.errors import IntegrityError, NotFound, SaveError, StoreFull
+from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, SaveError, StoreFull
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
@@ -62,6 +62,8 @@ class Committer:
         self.roots = Roots(store, open_home)
         self.known = KnownChunks()
         self._orphans: set[str] | None = None
+        self._abandoned: set[str] = set()
+        """What failed writes of this claim may have left; the next head condemns it."""
         self._deleted: set[str] = set()
 
     def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
@@ -79,7 +81,7 @@ class Committer:
     def _make_room(self) -> bool:
         """Sweep without a new checkpoint. Whether anything was deleted."""
         self._lineage.settle()
-        orphans = self._orphans or set()
+        orphans = (self._orphans or set()) | self._abandoned
         if orphans - set(self._lineage.head.condemned):
             self._lineage.advance(
                 "sweep",
@@ -87,6 +89,7 @@ class Committer:
                     head, condemned=sorted({*head.condemned, *orphans} - self._deleted)
                 ),
             )
+            self._abandoned = set()
         return bool(self.sweep())
 
     def _commit(self, snapshot: Snapshot, finish: bool) -> Committed:
@@ -96,10 +99,16 @@ class Committer:
         if self._orphans is None:
             self._orphans = find_orphans(self._store, head, self.roots)
         self.known.retain({ref.name for ref in head.checkpoints})
-        written = write_checkpoint(
-            snapshot, self._store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1, known=self.known,
-            tokens=self._tokens, hashing=self._hashing, sending=self._sending,
-        )  # fmt: skip
+        uploaded: set[str] = set()
+        try:
+            written = write_checkpoint(
+                snapshot, self._store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1,
+                known=self.known, tokens=self._tokens, hashing=self._hashing, sending=self._sending, uploaded=uploaded,
+            )  # fmt: skip
+        except HoldfastError:
+            # No head that names these was ever put, so the next head may condemn them.
+            self._abandoned |= uploaded
+            raise
         self._before_commit()
         ref = CheckpointRef(
             name=written.root.name, root_blake3=written.root_blake3, step=snapshot.step, epoch=snapshot.epoch,
@@ -110,6 +119,7 @@ class Committer:
         head = self._lineage.advance(
             "finish" if finish else "save", lambda current: self._next(current, ref, written, finish)
         )
+        self._abandoned = set()
         self.known.add(ref.name, written.part)
         self.roots.forget_except(head.checkpoints)
         return Committed(ref, written)
@@ -133,7 +143,7 @@ class Committer:
             raise SaveError("an object that this save refers to is no longer retained; the next save sends it again")
         kept = self._keep.select([*current.checkpoints, ref], current.generation)
         following = condemn(current, kept, self.roots, deleted=self._deleted)
-        orphans = (self._orphans or set()) - reached
+        orphans = ((self._orphans or set()) | self._abandoned) - reached
         condemned = sorted(set(following.condemned) | orphans)
         return msgspec.structs.replace(following, condemned=condemned, finished=finish)
 

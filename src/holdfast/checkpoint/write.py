@@ -31,7 +31,6 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.retain import root_key
 from holdfast.checkpoint.snapshot import Snapshot
-from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
@@ -125,7 +124,10 @@ def _pieces(snapshot: Snapshot) -> Iterator[_Piece]:
 class _Objects:
     """Packs new chunks into objects and puts each as soon as it is full."""
 
-    def __init__(self, snapshot: Snapshot, store: Store, attempt: int, tokens: TokenSource, pool: Executor) -> None:
+    def __init__(
+        self, snapshot: Snapshot, store: Store, attempt: int, tokens: TokenSource, pool: Executor, uploaded: set[str]
+    ) -> None:
+        self._uploaded = uploaded
         self._snapshot = snapshot
         self._store = store
         self._attempt = attempt
@@ -149,16 +151,9 @@ class _Objects:
             return
         key = f"data/{self._attempt}/{self._tokens()}"
         self.refs.append(ObjectRef(0, key, self._open_bytes))
+        self._uploaded.add(key)
         self.puts.append(self._pool.submit(self._put, key, self._open))
         self._open, self._open_bytes = [], 0
-
-    def discard(self) -> None:
-        """Delete what has been put. Only while no head that names it has been put; gives up at the first failure."""
-        try:
-            for ref in self.refs:
-                self._store.delete(ref.key)
-        except HoldfastError:
-            return
 
     def _put(self, key: str, pieces: list[_Piece]) -> None:
         self._store.put(key, [self._snapshot.read(p.array, p.start, p.length) for p in pieces])
@@ -175,16 +170,16 @@ def write_checkpoint(
     tokens: TokenSource,
     hashing: Executor,
     sending: Executor,
+    uploaded: set[str],
 ) -> Written:
     """Make a snapshot durable. Raises what the store raises.
 
-    What a failed write has uploaded is deleted at once, which is safe because no head that names it was ever put; what cannot be
-    deleted is an orphan that a later attempt sweeps.
+    `uploaded` collects the name of every object before it is sent, so that the caller knows what a failed write may have left.
 
     `sequence` is the number of the head that will name it; together with a nonce it makes the checkpoint's name unique.
     """
     snapshot.complete()
-    objects = _Objects(snapshot, store, attempt, tokens, sending)
+    objects = _Objects(snapshot, store, attempt, tokens, sending, uploaded)
     try:
         part = _arrange(snapshot, objects, known, hashing)
         for put in objects.puts:
@@ -194,9 +189,9 @@ def write_checkpoint(
             put.cancel()
         # What is still being sent reads the snapshot's memory, which the caller fills anew.
         wait(objects.puts)
-        objects.discard()
         raise
     name = f"checkpoints/{sequence:08d}-{attempt}-{tokens()}"
+    uploaded |= {root_key(name), f"{name}/part-0"}
     root, root_blake3 = _put_index(snapshot, store, part, run_id, name)
     sent_bytes = sum(ref.size_bytes for ref in objects.refs)
     total_bytes = sum(spec.nbytes for spec in snapshot.layout.specs)

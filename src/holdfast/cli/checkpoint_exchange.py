@@ -60,7 +60,7 @@ def export_command(
     JSON keys: url, checkpoint, path, format, names[], arrays, array_bytes, file_bytes, aliases (tied arrays that the
       safetensors file holds under another name).
     """
-    from holdfast.checkpoint.export import export_checkpoint
+    from holdfast.checkpoint.exchange.export import export_checkpoint
     from holdfast.core.ids import random_token
 
     with opened_stores() as open_home, progress_bar("Exporting") as progress:
@@ -110,7 +110,7 @@ def import_command(
     \b
     JSON keys: url, run_id, checkpoint, source, format, names[], arrays, array_bytes, sent_bytes, left_out[].
     """
-    from holdfast.checkpoint.adopt import import_checkpoint
+    from holdfast.checkpoint.exchange.adopt import import_checkpoint
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 

@@ -12,8 +12,8 @@ import typer
 from holdfast.core.config import format_bytes, format_duration
 
 if TYPE_CHECKING:
-    from holdfast.checkpoint.inspect import CheckpointDetails, RunListing
-    from holdfast.checkpoint.verify import VerifyReport
+    from holdfast.checkpoint.runs.inspect import CheckpointDetails, RunListing
+    from holdfast.checkpoint.runs.verify import VerifyReport
 
 __all__ = ["print_details", "print_json", "print_listing", "print_report", "print_table"]
 

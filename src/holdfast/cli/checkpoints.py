@@ -19,7 +19,7 @@ from holdfast.core.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.format import CheckpointRef
-    from holdfast.checkpoint.rollback import Dropping
+    from holdfast.checkpoint.runs.rollback import Dropping
 
 __all__ = ["EXIT_UNKNOWN", "EXIT_UNSOUND", "checkpoints_app"]
 
@@ -54,7 +54,7 @@ def ls(url: Url, json: Json = False) -> None:
       unreached_bytes, altered, forks[target, step, checkpoint, pin], and checkpoints[name, step, epoch, generation,
       attempt, unix_s, age_s, total_bytes, own_bytes, home], oldest first.
     """
-    from holdfast.checkpoint.inspect import list_checkpoints
+    from holdfast.checkpoint.runs.inspect import list_checkpoints
     from holdfast.core.clock import SystemClock
 
     with opened_stores() as open_home:
@@ -81,7 +81,7 @@ def show(
       objects[key, home, size_bytes, live_bytes], total_bytes, new_bytes, shared_bytes, borrowed_bytes, previous,
       changes[path, before, now].
     """
-    from holdfast.checkpoint.inspect import show as look
+    from holdfast.checkpoint.runs.inspect import show as look
     from holdfast.core.clock import SystemClock
 
     with opened_stores() as open_home:
@@ -118,7 +118,7 @@ def verify(
     JSON keys: url, head, good, read_bytes, altered (records of the run itself), checkpoints[name, step, generation,
       status (ok, missing, altered, dropped), problems[kind, key, home, detail, arrays]].
     """
-    from holdfast.checkpoint.verify import verify as check
+    from holdfast.checkpoint.runs.verify import verify as check
 
     try:
         with opened_stores() as open_home, progress_bar("Verifying") as progress:
@@ -155,8 +155,8 @@ def rollback(
     \b
     JSON keys: url, target, dropped[], freed_bytes, was_finished, head (0: nothing was changed), deleted_objects.
     """
-    from holdfast.checkpoint.rollback import plan_rollback
-    from holdfast.checkpoint.rollback import rollback as go_back
+    from holdfast.checkpoint.runs.rollback import plan_rollback
+    from holdfast.checkpoint.runs.rollback import rollback as go_back
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 
@@ -205,7 +205,7 @@ def fork(
     \b
     JSON keys: source, target, mode, checkpoint, homes[] (runs that are referred to), copied_bytes.
     """
-    from holdfast.checkpoint.fork import fork as begin
+    from holdfast.checkpoint.runs.fork import fork as begin
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 
@@ -249,8 +249,8 @@ def rm(
     JSON keys, whole run: url, objects, removed_bytes, kept_objects, forks[], head (0: nothing was changed).
     JSON keys, one checkpoint: as in rollback.
     """
-    from holdfast.checkpoint import remove as removing
-    from holdfast.checkpoint import rollback as dropping
+    from holdfast.checkpoint.runs import remove as removing
+    from holdfast.checkpoint.runs import rollback as dropping
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
 

@@ -7,6 +7,7 @@ client (`holdfast.store.remote`) is imported only when a cloud URL is opened.
 from __future__ import annotations
 
 from holdfast.store.base import Entry, Store, check_key
+from holdfast.store.hygiene import describe_retention
 from holdfast.store.local import LocalStore
 from holdfast.store.memory import MemoryStore
 from holdfast.store.open import normalise_url, open_store
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryStore",
     "Store",
     "check_key",
+    "describe_retention",
     "normalise_url",
     "open_store",
     "probe_conditional_writes",

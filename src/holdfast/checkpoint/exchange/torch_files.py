@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-from holdfast.checkpoint.dcp_files import read_dcp
-from holdfast.checkpoint.exchange import (
+from holdfast.checkpoint.exchange.dcp_files import read_dcp
+from holdfast.checkpoint.exchange.note import (
     NOTE_KEY,
     ArrayPath,
     Format,
@@ -40,9 +40,9 @@ from holdfast.checkpoint.exchange import (
     write_note,
 )
 from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.runs.verify import Progress
 from holdfast.checkpoint.torch_arrays import TorchAdapter
 from holdfast.checkpoint.tree import flatten, unflatten
-from holdfast.checkpoint.verify import Progress
 from holdfast.core.errors import FormatError, IntegrityError, StoreError, UnsupportedState, UsageError
 from holdfast.store.posix import translated
 

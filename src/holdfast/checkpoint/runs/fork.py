@@ -35,17 +35,18 @@ from holdfast.checkpoint.format import (
     Pin,
     PinnedBy,
     Root,
-    RunRecord,
     digest,
     encode_part,
     seal,
     unseal,
 )
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.inspect import RUN_KEY, find_checkpoint, read_run
 from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.record import open_record
 from holdfast.checkpoint.retain import StoreOpener, root_key
-from holdfast.checkpoint.verify import Progress, Range, live_ranges, read_ranges
+from holdfast.checkpoint.runs.begin import check_empty
+from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
+from holdfast.checkpoint.runs.verify import Progress, Range, live_ranges, read_ranges
 from holdfast.core.clock import Clock
 from holdfast.core.errors import (
     FormatError,
@@ -60,7 +61,6 @@ from holdfast.core.errors import (
 )
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
-from holdfast.store.probe import probe_conditional_writes
 
 __all__ = ["Forked", "Mode", "fork"]
 
@@ -115,7 +115,7 @@ def fork(
     source, target = open_home(source_url), open_home(target_url)
     _check_urls(source.url, target.url, mode)
     origin = _origin(source, step, open_home)
-    _check_empty(read_truth(target).head, target.url)
+    check_empty(read_truth(target).head, target.url)
     pins = {home: Pin(name=tokens(), home=home) for home in origin.protect}
     lineage = _claim(target, origin, list(pins.values()), clock, tokens)
     try:
@@ -192,40 +192,16 @@ def _pinned_there(head: Head, home: str, open_home: StoreOpener) -> CheckpointRe
     )
 
 
-def _check_empty(head: Head | None, url: str) -> None:
-    """A claim that never came to a checkpoint (a fork that crashed) leaves a target empty."""
-    if head is None:
-        return
-    if head.removed:
-        raise RunConflict(f"{url}: a run that has been removed stood here; give the fork another URL")
-    if head.checkpoints or head.finished:
-        raise RunConflict(f"{url}: there is a run already; a fork needs a URL of its own")
-
-
 def _claim(target: Store, origin: _Origin, pins: list[Pin], clock: Clock, tokens: TokenSource) -> Lineage:
     """Own the target; its head names the pins before they exist."""
 
     def begin(body: Head) -> Head:
-        _check_empty(body, target.url)
+        check_empty(body, target.url)
         return msgspec.structs.replace(body, identity=origin.head.identity, pins=pins)
 
-    lineage = Lineage(target, _run_id(target, clock, tokens), clock=clock, tokens=tokens)
+    lineage = Lineage(target, open_record(target, clock=clock, tokens=tokens).run_id, clock=clock, tokens=tokens)
     lineage.claim(begin)
     return lineage
-
-
-def _run_id(target: Store, clock: Clock, tokens: TokenSource) -> str:
-    what = f"{target.url}/{RUN_KEY}"
-    try:
-        return unseal(target.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id
-    except NotFound:
-        probe_conditional_writes(target, tokens())
-        record = RunRecord(
-            format=FORMAT_VERSION, run_id=tokens(), created_unix_s=clock.unix_s(),
-            name=target.url.rstrip("/").rsplit("/", 1)[-1],
-        )  # fmt: skip
-        target.put_new(RUN_KEY, seal(record))
-        return unseal(target.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id
 
 
 def _pin_key(pin: Pin) -> str:

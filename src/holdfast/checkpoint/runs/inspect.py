@@ -23,13 +23,13 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.record import read_record
 from holdfast.checkpoint.retain import StoreOpener, checkpoint_keys, read_root
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, UsageError
 from holdfast.store.base import Store
 
 __all__ = [
-    "RUN_KEY",
     "ArrayLine",
     "Change",
     "CheckpointDetails",
@@ -49,7 +49,6 @@ __all__ = [
     "stored_sizes",
 ]
 
-RUN_KEY = "run.json"
 _SHOWN_STEPS = 12
 
 
@@ -170,7 +169,7 @@ def read_run(store: Store) -> RunState:
     altered: list[str] = []
     record: RunRecord | None = None
     try:
-        record = unseal(store.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=f"{store.url}/{RUN_KEY}")
+        record = read_record(store)
     except NotFound:
         pass
     except IntegrityError as error:

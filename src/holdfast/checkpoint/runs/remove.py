@@ -17,8 +17,8 @@ import msgspec
 
 from holdfast.checkpoint.format import Head, Pin, head_key
 from holdfast.checkpoint.heads import Lineage, head_numbers, read_truth
-from holdfast.checkpoint.inspect import list_forks, read_run
 from holdfast.checkpoint.retain import Pinned, StoreOpener, pinned_keys
+from holdfast.checkpoint.runs.inspect import list_forks, read_run
 from holdfast.core.clock import Clock
 from holdfast.core.errors import Fenced, RunConflict, StoreError
 from holdfast.core.ids import TokenSource

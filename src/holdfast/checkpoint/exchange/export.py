@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.checkpoint.exchange import FORMATS, NOTE_KEY, Format, Outgoing, outgoing, write_note
+from holdfast.checkpoint.exchange.note import FORMATS, NOTE_KEY, Format, Outgoing, outgoing, write_note
+from holdfast.checkpoint.exchange.safetensors_file import encode_header, file_order
 from holdfast.checkpoint.format import ArrayEntry, CheckpointRef
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
 from holdfast.checkpoint.retain import StoreOpener
-from holdfast.checkpoint.safetensors_file import encode_header, file_order
-from holdfast.checkpoint.verify import Progress
+from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
+from holdfast.checkpoint.runs.verify import Progress
 from holdfast.core.errors import NotFound, RunConflict, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
@@ -105,7 +105,7 @@ def export_checkpoint(
 def torch_files(purpose: str) -> ModuleType:
     """The module that knows torch's own formats, imported only when one of them is asked for."""
     try:
-        from holdfast.checkpoint import torch_files as module
+        from holdfast.checkpoint.exchange import torch_files as module
     except ImportError as error:
         raise UsageError(
             f"to {purpose}, torch must be installed (pip install 'holdfast[torch]'); safetensors needs no torch: {error}"

@@ -14,9 +14,9 @@ import msgspec
 
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.inspect import current_checkpoints, find_checkpoint, freed_bytes, read_run
 from holdfast.checkpoint.retain import Roots, StoreOpener, condemn, sweep
-from holdfast.checkpoint.verify import Progress, verify
+from holdfast.checkpoint.runs.inspect import current_checkpoints, find_checkpoint, freed_bytes, read_run
+from holdfast.checkpoint.runs.verify import Progress, verify
 from holdfast.core.clock import Clock
 from holdfast.core.errors import IntegrityError, RunConflict, RunRemoved, UsageError
 from holdfast.core.ids import TokenSource

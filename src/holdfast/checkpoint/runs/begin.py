@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, RunRecord, seal, unseal
+from holdfast.checkpoint.format import Head
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.inspect import RUN_KEY
+from holdfast.checkpoint.record import open_record
 from holdfast.core.clock import Clock
-from holdfast.core.errors import NotFound, RunConflict
+from holdfast.core.errors import RunConflict
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
-from holdfast.store.probe import probe_conditional_writes
 
 __all__ = ["check_empty", "claim_empty"]
 
@@ -37,18 +36,6 @@ def claim_empty(store: Store, *, clock: Clock, tokens: TokenSource) -> Lineage:
         check_empty(body, store.url)
         return msgspec.structs.replace(body, generation=body.generation + 1) if body.number else body
 
-    lineage = Lineage(store, _run_id(store, clock, tokens), clock=clock, tokens=tokens)
+    lineage = Lineage(store, open_record(store, clock=clock, tokens=tokens).run_id, clock=clock, tokens=tokens)
     lineage.claim(begin)
     return lineage
-
-
-def _run_id(store: Store, clock: Clock, tokens: TokenSource) -> str:
-    what = f"{store.url}/{RUN_KEY}"
-    try:
-        return unseal(store.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id
-    except NotFound:
-        probe_conditional_writes(store, tokens())
-        name = store.url.rstrip("/").rsplit("/", 1)[-1]
-        record = RunRecord(format=FORMAT_VERSION, run_id=tokens(), created_unix_s=clock.unix_s(), name=name)
-        store.put_new(RUN_KEY, seal(record))
-        return unseal(store.get(RUN_KEY, max_bytes=MAX_RECORD_BYTES), RunRecord, what=what).run_id

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from holdfast.checkpoint.begin import check_empty, claim_empty
-from holdfast.checkpoint.exchange import (
+from holdfast.checkpoint.exchange.export import torch_files
+from holdfast.checkpoint.exchange.note import (
     FORMATS,
     NOTE_FORMAT,
     NOTE_KEY,
@@ -34,12 +34,12 @@ from holdfast.checkpoint.exchange import (
     incoming_from_note,
     read_note,
 )
-from holdfast.checkpoint.export import torch_files
+from holdfast.checkpoint.exchange.safetensors_file import SafetensorsFile
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.safetensors_file import SafetensorsFile
+from holdfast.checkpoint.runs.begin import check_empty, claim_empty
+from holdfast.checkpoint.runs.verify import Progress
 from holdfast.checkpoint.snapshot import Layout, Snapshot
-from holdfast.checkpoint.verify import Progress
 from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
 from holdfast.core.clock import Clock
 from holdfast.core.errors import FormatError, IntegrityError, UsageError
@@ -172,7 +172,7 @@ def _write(
     ):
         written = write_checkpoint(
             snapshot, store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1, known=KnownChunks(),
-            tokens=tokens, hashing=hashing, sending=sending,
+            tokens=tokens, hashing=hashing, sending=sending, uploaded=set(),
         )  # fmt: skip
     progress(total, total)
     return written

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from holdfast.checkpoint.format import CHUNK_BYTES, CheckpointRef, Part
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.read import open_checkpoint
 from holdfast.checkpoint.retain import StoreOpener, read_root, root_key
+from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.tree import decode_document
 from holdfast.checkpoint.write import block_hashes
 from holdfast.core.errors import IntegrityError, NotFound
