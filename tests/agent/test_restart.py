@@ -242,7 +242,7 @@ worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], stdin=subprocess.P
 worker.stdout.readline()
 def save(*_):
     # Many exchanges, so that a signal on its way to the worker would have arrived.
-    for _ in range(3000):
+    for _ in range(300):
         worker.stdin.write(b"still there?\\n")
         answer = worker.stdout.readline()
         if answer != b"alive\\n": break

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
 from urllib.parse import quote
 
 from holdfast.core.errors import FormatError, IntegrityError, StoreUnavailable, StoreUnsafe
@@ -25,8 +24,6 @@ from holdfast.store import posix
 from holdfast.store.base import Body, Entry, check_key, check_prefix, flat_buffers, is_key
 
 __all__ = ["LocalStore"]
-
-_T = TypeVar("_T")
 
 _TEMPORARY = ".tmp"
 _STALE_S = 24 * 3600.0
@@ -156,14 +153,22 @@ class LocalStore:
 
     # Writing
 
-    def _write(self, key: str, make: Callable[[int, str], _T]) -> _T:
+    def _write(self, key: str, make: Callable[[int, str], bool]) -> bool:
+        """`make` says whether it has given the name to a new file; so does this, once that is durable."""
         *parents, name = check_key(key).split("/")
         with posix.translated("writing", key, str(self.root), absent=StoreUnavailable):
             for _ in range(_VANISHED_TRIES):
                 try:
                     with self._durable_folder(parents) as folder:
                         made = make(folder, name)
-                        posix.fsync_folder(folder)
+                        try:
+                            posix.fsync_folder(folder)
+                        except OSError:
+                            # Who reads a visible name takes it for written, and after a failed flush the next one may
+                            # succeed without having written anything: the name goes, so that it is made and flushed anew.
+                            if made:
+                                posix.remove_quietly(os.unlink, name, folder)
+                            raise
                         return made
                 except _FolderVanished:
                     continue
@@ -193,10 +198,10 @@ class LocalStore:
                 raise
         return True
 
-    def _replace(self, folder: int, name: str, buffers: Sequence[memoryview]) -> None:
-        """The usual case is a free name: a link. A name that is taken is replaced by rename, which is atomic too."""
-        if not _exists(folder, name) and self._link_new(folder, name, buffers):
-            return
+    def _replace(self, folder: int, name: str, buffers: Sequence[memoryview]) -> bool:
+        """The usual case is a free name: a link (True). A name that is taken is replaced by rename, which is atomic too."""
+        if not posix.exists(folder, name) and self._link_new(folder, name, buffers):
+            return True
         with self._temporary(buffers) as (temporary, temporaries):
             try:
                 os.rename(temporary, name, src_dir_fd=temporaries, dst_dir_fd=folder)
@@ -205,6 +210,7 @@ class LocalStore:
             except OSError as error:
                 _raise_if_vanished(error, folder)
                 raise
+        return False
 
     def _link_new(self, folder: int, name: str, buffers: Sequence[memoryview]) -> bool | None:
         """Write an unnamed file and link it. True: linked. False: the name is taken. None: not possible here."""
@@ -229,7 +235,10 @@ class LocalStore:
 
     @contextmanager
     def _temporary(self, buffers: Sequence[memoryview]) -> Iterator[tuple[str, int]]:
-        """A durable file in `<root>/.tmp`, as its name and that folder; removed at the end if it is still there."""
+        """A durable file in `<root>/.tmp`, as its name and that folder; removed at the end if it is still there.
+
+        One that cannot be removed is no reason to fail: it goes a day later.
+        """
         with self._folder([]) as root:
             try:
                 os.mkdir(_TEMPORARY, dir_fd=root)
@@ -245,10 +254,7 @@ class LocalStore:
                     _remove_stale(temporaries, now_s=os.fstat(descriptor).st_mtime)
                 yield name, temporaries
             finally:
-                try:
-                    os.unlink(name, dir_fd=temporaries)
-                except FileNotFoundError:
-                    pass
+                posix.remove_quietly(os.unlink, name, temporaries)
 
     # Folders
 
@@ -267,7 +273,12 @@ class LocalStore:
                     below = _make_folder(part, folder)
                 parent, folder = folder, below
                 with posix.opened(parent):
-                    self._flush_name("/".join(parts[:depth]), folder, parent)
+                    try:
+                        self._flush_name("/".join(parts[:depth]), folder, parent)
+                    except OSError:
+                        # Made anew by the next try, if it is empty: see `_write`.
+                        posix.remove_quietly(os.rmdir, part, parent)
+                        raise
             yield folder
         finally:
             os.close(folder)
@@ -276,14 +287,13 @@ class LocalStore:
         try:
             root = posix.open_folder(str(self.root))
         except FileNotFoundError:
-            for missing in reversed([self.root, *self.root.parents]):
-                if not missing.exists():
-                    missing.mkdir(exist_ok=True)
-                    with posix.opened(posix.open_folder(str(missing.parent))) as parent:
-                        posix.fsync_folder(parent)
+            for folder in reversed([self.root, *self.root.parents]):
+                posix.make_folder(folder)
             root = posix.open_folder(str(self.root))
         try:
             with posix.opened(posix.open_folder(str(self.root.parent))) as parent:
+                if "" not in self._durable:
+                    posix.flush_names_above(self.root.parent)
                 self._flush_name("", root, parent)
         except PermissionError:
             pass  # The parent belongs to somebody else, who made the root before this process began.
@@ -327,7 +337,7 @@ def _make_folder(name: str, parent: int) -> int:
     try:
         return posix.open_folder(name, parent)
     except FileNotFoundError:
-        if _exists(parent, name):
+        if posix.exists(parent, name):
             raise posix.NotPlain(f"{name!r} is an object, not a folder") from None
         raise _FolderVanished from None
 
@@ -335,14 +345,6 @@ def _make_folder(name: str, parent: int) -> int:
 def _raise_if_vanished(error: OSError, folder: int) -> None:
     if error.errno == errno.ENOENT and posix.was_removed(folder):
         raise _FolderVanished from None
-
-
-def _exists(folder: int, name: str) -> bool:
-    try:
-        os.lstat(name, dir_fd=folder)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _collect(folder: int, prefix: str, found: list[Entry]) -> None:

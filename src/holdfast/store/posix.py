@@ -9,19 +9,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, PermissionDenied, StoreFull, StoreUnavailable
 
 __all__ = [
     "NotPlain",
+    "exists",
+    "flush_names_above",
     "fsync_folder",
     "link_unnamed",
+    "make_folder",
     "open_folder",
     "open_plain_file",
     "opened",
     "read_exactly",
+    "remove_quietly",
     "translated",
     "was_removed",
     "write_all",
@@ -138,6 +143,52 @@ def fsync_folder(descriptor: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def flush_names_above(folder: Path) -> None:
+    """Make the name of `folder`, and of those above it on its file system, durable: who made them may have been killed first."""
+    device = folder.stat().st_dev
+    for above in folder.parents:
+        try:
+            descriptor = open_folder(str(above))
+        except PermissionError:
+            return  # It belongs to somebody else, who made what is in it before this process began.
+        with opened(descriptor):
+            if os.fstat(descriptor).st_dev != device:
+                return
+            fsync_folder(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a durable folder where there is none yet. After a failed flush it is gone again, so that a retry makes it anew."""
+    if folder.exists():
+        return
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        return
+    with opened(open_folder(str(folder.parent))) as parent:
+        try:
+            fsync_folder(parent)
+        except OSError:
+            remove_quietly(os.rmdir, folder.name, parent)
+            raise
+
+
+def exists(folder: int, name: str) -> bool:
+    try:
+        os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_quietly(remove: Callable[..., None], name: str, folder: int) -> None:
+    """What cannot be removed stays: there is nothing better to do, or a more important error under way."""
+    try:
+        remove(name, dir_fd=folder)
+    except OSError:
+        pass
 
 
 def link_unnamed(descriptor: int, name: str, folder: int) -> None:
