@@ -115,14 +115,14 @@ def test_verify_says_nothing_about_the_bytes_when_the_store_refuses(
 
 
 def test_rollback_asks_and_dry_run_does_not(run: Store) -> None:
-    dry = _ok("rollback", _path(run), "--step", "10", "--dry-run")
+    dry = _ok("rollback", _path(run), "--to", "10", "--dry-run")
     assert "step 20, 30 would be removed" in dry.stdout
     assert _steps(run) == [10, 20, 30]
-    refused = _invoke("rollback", _path(run), "--step", "10")
+    refused = _invoke("rollback", _path(run), "--to", "10")
     assert isinstance(refused.exception, UsageError)
     assert "--yes" in str(refused.exception)
     assert _steps(run) == [10, 20, 30]
-    done = _json("rollback", _path(run), "--step", "10", "--yes")
+    done = _json("rollback", _path(run), "--to", "10", "--yes")
     assert ([ref["step"] for ref in done["dropped"]], done["target"]["step"]) == ([20, 30], 10)
     assert _steps(run) == [10]
 
@@ -130,7 +130,7 @@ def test_rollback_asks_and_dry_run_does_not(run: Store) -> None:
 @pytest.mark.parametrize("copy", [False, True])
 def test_fork_begins_another_run(run: Store, tmp_path: Path, copy: bool) -> None:
     target = str(tmp_path / "forked")
-    forked = _json("fork", _path(run), target, "--step", "20", *(["--copy"] if copy else []))
+    forked = _json("fork", _path(run), target, "--at", "20", *(["--copy"] if copy else []))
     assert (forked["mode"], forked["homes"]) == (("copy", []) if copy else ("reference", [run.url]))
     store = LocalStore(target)
     assert trees_equal(newest_tree(store, open_store), tree_at(20))
@@ -190,7 +190,7 @@ def test_from_a_shell_errors_are_one_line_and_exit_codes_are_kept(run: Store, tm
 def test_on_a_terminal_it_asks_first(run: Store, answer: str, code: int, steps: list[int]) -> None:
     terminal, theirs = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, "checkpoints", "rollback", _path(run), "--step", "10"],
+        [sys.executable, "-c", _SCRIPT, "checkpoints", "rollback", _path(run), "--to", "10"],
         stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)

@@ -137,7 +137,7 @@ def verify(
 @checkpoints_app.command("rollback")
 def rollback(
     url: Url,
-    step: Annotated[str, typer.Option(metavar="STEP", help=STEP_HELP)],
+    step: Annotated[str, typer.Option("--to", metavar="STEP", help=STEP_HELP)],
     yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -149,8 +149,8 @@ def rollback(
 
     \b
     Examples:
-      holdfast checkpoints rollback s3://bucket/runs/gpt --step 1200 --dry-run
-      holdfast checkpoints rollback ./runs/train --step 1200 --yes
+      holdfast checkpoints rollback s3://bucket/runs/gpt --to 1200 --dry-run
+      holdfast checkpoints rollback ./runs/train --to 1200 --yes
 
     \b
     JSON keys: url, target, dropped[], freed_bytes, was_finished, head (0: nothing was changed), deleted_objects.
@@ -185,7 +185,7 @@ def rollback(
 def fork(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The run to begin with.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The new run's URL; nothing may be there yet.")],
-    step: Annotated[str, typer.Option(metavar="STEP", help=STEP_HELP)] = "latest",
+    step: Annotated[str, typer.Option("--at", metavar="STEP", help=STEP_HELP)] = "latest",
     copy: Annotated[
         bool,
         typer.Option("--copy", help="Copy the bytes, so that the new run stands alone (other bucket, cloud or disk)."),
@@ -199,7 +199,7 @@ def fork(
 
     \b
     Examples:
-      holdfast checkpoints fork s3://bucket/runs/gpt s3://bucket/runs/gpt-lower-lr --step 1200
+      holdfast checkpoints fork s3://bucket/runs/gpt s3://bucket/runs/gpt-lower-lr --at 1200
       holdfast checkpoints fork s3://bucket/runs/gpt ./runs/debug --copy
 
     \b
