@@ -14,11 +14,11 @@ from make_fixture import Attempt, StoppedClock, tree
 from same_bits import plain
 from typer.testing import CliRunner, Result
 
-from holdfast.checkpoint.runs import rollback
 from holdfast.checkpoint.exchange.adopt import import_checkpoint
 from holdfast.checkpoint.exchange.export import export_checkpoint
 from holdfast.checkpoint.exchange.note import FORMATS, Format
 from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.checkpoint.runs import rollback
 from holdfast.checkpoint.runs.verify import verify
 from holdfast.cli.checkpoints import checkpoints_app
 from holdfast.core.errors import Fenced, IntegrityError, RunConflict, StoreUnavailable, UsageError
