@@ -263,6 +263,8 @@ class Actor:
 
     def turn(self, method: str) -> Suffers | None:
         """Called before every operation, in the actor's thread."""
+        if self._dead:
+            raise Dead
         if self._budget == 0:
             self._stopped.release()
             self._go.acquire()
