@@ -138,7 +138,7 @@ def main() -> None:
     if arguments.scenario:
         run_here(arguments.scenario, arguments.quick, arguments.rounds, arguments.folder, arguments.out)
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     result = json.loads(arguments.show.read_text()) if arguments.show else measure(arguments, console)
     show(result, console)
     if arguments.out:
