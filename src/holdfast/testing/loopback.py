@@ -34,7 +34,7 @@ class Answer:
 
 
 @contextmanager
-def listening(handle: Callable[[Request], None]) -> Iterator[str]:
+def listening(handle: Callable[[Request], None], address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[str]:
     """`http://127.0.0.1:<port>` while the block runs; `handle` gets every request, in the thread of its connection."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,11 +57,11 @@ def listening(handle: Callable[[Request], None]) -> Iterator[str]:
         def handle_error(self, request: object, client_address: object) -> None:
             """A peer that hangs up is what these servers are for."""
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(address, Handler)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{address[0]}:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
