@@ -1,29 +1,48 @@
 """Events become immutable segments under `events/`, one writer per process.
 
 `emit` only appends to a list, so nothing in the training loop waits for the network. Segments are closed when a checkpoint is about
-to be committed (so that everything logged up to a step is durable once that step is), and every few seconds in between.
+to be committed (so that everything logged up to a step is durable once that step is), and every few seconds in between. Now and
+then the same thread merges small segments.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import msgspec
 
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError
 from holdfast.core.events import Event
+from holdfast.ledger.compact import compact
+from holdfast.ledger.segments import segment_key
 from holdfast.store.base import Store
 
 __all__ = ["Ledger"]
 
+_COMPACT_EVERY = 32
+"""Wakes of the thread between two compactions. The first comes with the first periodic wake, for earlier attempts' segments."""
+
 
 class Ledger:
-    """A sink that keeps events. Thread-safe. A store that fails costs no event: they stay in memory until the next flush."""
+    """A sink that keeps events. Thread-safe. A store that fails costs no event: they stay in memory until the next flush.
 
-    def __init__(self, store: Store, *, attempt: int, node: str, clock: Clock, flush_every_s: float = 15.0) -> None:
+    `pulse` is called in the ledger's thread before each of its flushes: for events that are due when time has passed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        attempt: int,
+        node: str,
+        clock: Clock,
+        flush_every_s: float = 15.0,
+        pulse: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store, self._attempt, self._node, self._clock = store, attempt, node, clock
-        self._flush_every_s = flush_every_s
+        self._flush_every_s, self._pulse = flush_every_s, pulse
         self._pending: list[Event] = []
         self._segment = 0
         self._closed_segment: tuple[str, bytes] | None = None
@@ -31,6 +50,8 @@ class Ledger:
         self._flushing = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self._wakes_until_compaction = _COMPACT_EVERY
+        self._has_compacted = False
         self._thread = threading.Thread(target=self._work, name="holdfast-ledger", daemon=True)
         self._thread.start()
 
@@ -48,7 +69,7 @@ class Ledger:
             with self._lock:
                 events, self._pending = self._pending, []
             if events:
-                key = f"events/{self._attempt:06d}-{self._node}-{self._segment:08d}.jsonl"
+                key = segment_key(self._attempt, self._node, self._segment)
                 self._segment += 1
                 self._closed_segment = (key, b"".join(msgspec.json.encode(event) + b"\n" for event in events))
                 self._send_closed()
@@ -74,9 +95,17 @@ class Ledger:
 
     def _work(self) -> None:
         while not self._closing:
-            self._wake.wait(self._flush_every_s)
+            nudged = self._wake.wait(self._flush_every_s)
             self._wake.clear()
             try:
+                self._pulse()
                 self.flush()
+                self._compact_now_and_then(nudged)
             except HoldfastError:
                 continue
+
+    def _compact_now_and_then(self, nudged: bool) -> None:
+        self._wakes_until_compaction -= 1
+        if self._wakes_until_compaction <= 0 or not (nudged or self._has_compacted):
+            self._wakes_until_compaction, self._has_compacted = _COMPACT_EVERY, True
+            compact(self._store, live_attempt=self._attempt, stopping=lambda: self._closing)

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
 from holdfast.core.events import Event
+from holdfast.ledger.segments import read_pieces
 from holdfast.store.base import Store
 
 __all__ = ["Attempt", "Recorded", "Summary", "read_events", "read_metrics", "summarise"]
 
-_SEGMENT = re.compile(r"events/(\d+)-([A-Za-z0-9_.-]+)-(\d+)\.jsonl")
-_MAX_SEGMENT_BYTES = 256 << 20
-
 
 class Recorded(msgspec.Struct, frozen=True):
-    """An event, and which attempt's writer recorded it."""
+    """An event, which attempt's writer recorded it, and where in that writer's record it stands."""
 
     attempt: int
     node: str
     event: Event
+    segment: int = 0
+    line: int = 0
 
 
-def read_events(store: Store) -> Iterator[Recorded]:
-    """Every event of a run, by attempt, then in the order of each writer. A line that cannot be read is skipped: the ledger is a
-    record, not the truth."""
-    for entry in store.list("events/"):
-        match = _SEGMENT.fullmatch(entry.key)
-        if match is None:
-            continue
-        for line in store.get(entry.key, max_bytes=_MAX_SEGMENT_BYTES).splitlines():
+def read_events(store: Store, unreadable: Callable[[str], None] = lambda what: None) -> Iterator[Recorded]:
+    """Every event of a run once, by attempt, then in the order of each writer.
+
+    A line that cannot be read (the torn end of a segment, say) is left out, and `unreadable` is told: the ledger is a record, not
+    the truth. Raises what the store raises.
+    """
+    for piece in read_pieces(store):
+        lines = piece.body.splitlines(keepends=True)
+        for number, line in enumerate(lines):
             try:
                 event = msgspec.json.decode(line, type=Event)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                torn = number == len(lines) - 1
+                unreadable(
+                    f"segment {piece.number} of attempt {piece.attempt}, writer {piece.node!r}: "
+                    f"{'the last line is torn' if torn else f'line {number + 1} cannot be read'} and is left out"
+                )
                 continue
-            yield Recorded(int(match[1]), match[2], event)
+            yield Recorded(piece.attempt, piece.node, event, piece.number, number)
 
 
 def read_metrics(events: Iterable[Recorded], name: str) -> list[tuple[int, float, int]]:
@@ -83,7 +88,7 @@ def summarise(events: Iterable[Recorded]) -> Summary:
     attempts: dict[int, Attempt] = {}
     for recorded in events:
         event, fields = recorded.event, recorded.event.fields
-        if event.name == "attempt.started":
+        if event.name == "attempt.started" and "step" in fields:
             attempts[recorded.attempt] = Attempt(recorded.attempt, int(fields["step"]), int(fields["step"]))
             before = attempts.get(recorded.attempt - 1)
             if before is not None:
