@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.core.contract import EXIT_FENCED, EXIT_NO_PROGRESS, EXIT_PREEMPTED
+from holdfast.core.contract import (
+    EXIT_FENCED,
+    EXIT_INFRASTRUCTURE,
+    EXIT_LIMIT,
+    EXIT_NO_PROGRESS,
+    EXIT_PREEMPTED,
+)
 from holdfast.core.errors import UsageError
 from holdfast.policy.restart import (
     AttemptEnded,
@@ -25,8 +31,8 @@ from holdfast.policy.restart import (
 )
 
 
-def ended(exit_code: int, progress: bool | None = None, *, lasted_s: float = 1.0, **evidence: bool) -> AttemptEnded:
-    return AttemptEnded(exit_code=exit_code, progress_made=progress, lasted_s=lasted_s, **evidence)
+def ended(exit_code: int, progress: bool | None = None, *, lasted_s: float = 1.0, **evidence: object) -> AttemptEnded:
+    return AttemptEnded(exit_code=exit_code, progress_made=progress, lasted_s=lasted_s, **evidence)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +61,22 @@ def ended(exit_code: int, progress: bool | None = None, *, lasted_s: float = 1.0
         (1, {"oom_killed": True}, Ending.ERROR),
         (-signal.SIGSEGV, {}, Ending.ERROR),
         (1, {"stop_asked": True}, Ending.ASKED),
+        (69, {}, Ending.INFRASTRUCTURE),
+        (1, {"infrastructure": "Xid 79"}, Ending.INFRASTRUCTURE),
+        (75, {"infrastructure": "Xid 79", "hang": "no step"}, Ending.INFRASTRUCTURE),
+        (0, {"infrastructure": "Xid 79"}, Ending.DONE),
+        (76, {"infrastructure": "Xid 79"}, Ending.FENCED),
+        (1, {"infrastructure": "Xid 79", "stop_asked": True}, Ending.ASKED),
+        (69, {"infrastructure": "no GPU", "started": False}, Ending.INFRASTRUCTURE),
+        (75, {"hang": "no step"}, Ending.ERROR),
+        (-signal.SIGKILL, {"hang": "no step"}, Ending.ERROR),
+        (0, {"hang": "no step"}, Ending.DONE),
+        (75, {"limit": "time", "stop_asked": True}, Ending.LIMIT),
+        (0, {"limit": "time", "stop_asked": True}, Ending.DONE),
     ],
 )
-def test_what_an_ending_means(exit_code: int, evidence: dict[str, bool], ending: Ending) -> None:
-    assert classify(ended(exit_code, **evidence)) is ending
+def test_what_an_ending_means(exit_code: int, evidence: dict[str, object], ending: Ending) -> None:
+    assert classify(AttemptEnded(exit_code=exit_code, progress_made=None, lasted_s=1, **evidence)) is ending  # type: ignore[arg-type]
 
 
 def test_endings_in_words_and_in_a_shells_numbers() -> None:
@@ -132,12 +150,15 @@ attempts = st.builds(
     lasted_s=st.floats(0, 1e5),
     stop_asked=st.sampled_from([False, False, False, False, True]),
     oom_killed=st.sampled_from([None, False, True]),
+    hang=st.sampled_from([None, None, "no step"]),
+    infrastructure=st.sampled_from([None, None, None, "Xid 79"]),
 )
 limits_drawn = st.builds(
     RestartLimits,
     max_errors=st.integers(0, 4),
     max_errors_total=st.integers(0, 8),
     max_preemptions=st.none() | st.integers(0, 4),
+    max_infrastructure=st.integers(0, 3),
     no_progress_limit=st.integers(0, 3),
 )
 
@@ -146,22 +167,48 @@ def recount(history: list[AttemptEnded], limits: RestartLimits) -> int | None:
     """The exit code with which the last attempt ends the run, or None: from the whole history, without a state."""
     last = exit_code_of(history[-1].exit_code)
     endings = [classify(attempt) for attempt in history]
-    if endings[-1] not in (Ending.ERROR, Ending.PREEMPTED):
+    if endings[-1] not in (Ending.ERROR, Ending.PREEMPTED, Ending.INFRASTRUCTURE):
         return last
     known = [attempt.progress_made is not None for attempt in history]
     first_known = known.index(True) if any(known) else len(history)
     made = [
         a.progress_made if k or i < first_known else False for i, (a, k) in enumerate(zip(history, known, strict=True))
     ]
-    stuck = next((i for i, progress in enumerate(reversed(made)) if progress is not False), len(made))
+    # A machine that failed says nothing about progress, unless there was some.
+    telling = [m for m, e in zip(made, endings, strict=True) if e is not Ending.INFRASTRUCTURE or m]
+    stuck = next((i for i, progress in enumerate(reversed(telling)) if progress is not False), len(telling))
     if limits.no_progress_limit and stuck >= limits.no_progress_limit:
         return EXIT_NO_PROGRESS
+    since = max((i for i, progress in enumerate(made) if progress), default=0)
+    if endings[-1] is Ending.INFRASTRUCTURE:
+        return EXIT_INFRASTRUCTURE if endings[since:].count(endings[-1]) > limits.max_infrastructure else None
     if endings[-1] is Ending.PREEMPTED:
         many = limits.max_preemptions is not None and endings.count(Ending.PREEMPTED) > limits.max_preemptions
         return last if many else None
-    since = max((i for i, progress in enumerate(made) if progress), default=0)
     in_a_row = endings[since:].count(Ending.ERROR)
     return last if in_a_row > limits.max_errors or endings.count(Ending.ERROR) > limits.max_errors_total else None
+
+
+def test_a_failing_machine_has_a_budget_of_its_own_and_says_nothing_about_the_command() -> None:
+    limits = RestartLimits(max_errors=0, max_infrastructure=2)
+    broken = ended(1, False, infrastructure="Xid 79")
+    decisions = run(limits, *[broken] * 5)
+    assert [type(decision) for decision in decisions] == [Restart, Restart, Stop]
+    assert isinstance(decisions[-1], Stop)
+    assert decisions[-1].exit_code == EXIT_INFRASTRUCTURE, "nobody shall look for a mistake in the command"
+    refilled = run(limits, broken, broken, ended(1, True, infrastructure="Xid 79"), broken, broken)
+    assert [type(decision) for decision in refilled] == [Restart] * 4 + [Stop]
+
+
+def test_a_machine_that_is_not_fit_is_not_tried_again() -> None:
+    (decision,) = run(RestartLimits(), ended(EXIT_INFRASTRUCTURE, infrastructure="no usable GPU", started=False))
+    assert decision == Stop(EXIT_INFRASTRUCTURE, ("the machine has failed: no usable GPU",))
+
+
+@pytest.mark.parametrize(("exit_code", "left_with"), [(75, EXIT_LIMIT), (-15, EXIT_LIMIT), (137, EXIT_LIMIT), (1, 1)])
+def test_a_used_up_limit_never_asks_for_another_start(exit_code: int, left_with: int) -> None:
+    (decision,) = run(RestartLimits(), ended(exit_code, True, limit="$5 are spent", stop_asked=True))
+    assert decision == Stop(left_with, ("$5 are spent",))
 
 
 @given(st.lists(attempts, min_size=1, max_size=30), limits_drawn, st.floats(0, 1, exclude_max=True))
@@ -184,7 +231,13 @@ def test_the_state_machine_agrees_with_a_recount_of_the_whole_history(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_errors": -1}, {"max_preemptions": -1}, {"first_delay_s": 9, "max_delay_s": 1}, {"first_delay_s": -1}],
+    [
+        {"max_errors": -1},
+        {"max_preemptions": -1},
+        {"max_infrastructure": -1},
+        {"first_delay_s": 9, "max_delay_s": 1},
+        {"first_delay_s": -1},
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(UsageError):

@@ -1,9 +1,9 @@
 """Start the command again, or stop? A pure state machine: how an attempt ended goes in, a decision with its reasons comes out.
 
-What the ending means (`Ending`) is read from the exit code and from evidence. Two budgets are kept apart: capacity that was
-taken away costs no error, however often it happens. Above both stands progress: attempts in a row that commit nothing new end
-the run, because they would only cost money. A command that never opened the progress page (it does not know holdfast) has no
-known progress; for it the budgets and the growing delays are all there is.
+What the ending means (`Ending`) is read from evidence first, and from the exit code second. Three budgets are kept apart: capacity
+that was taken away costs no error, however often it happens, and neither does a machine that fails. Above them stands progress:
+attempts in a row that commit nothing new end the run, because they would only cost money. A command that never opened the
+progress page (it does not know holdfast) has no known progress; for it the budgets and the growing delays are all there is.
 
     AttemptEnded ──→ classify ──→ Ending ──→ decide(RestartState, …) ──→ (RestartState, Restart | Stop)
 """
@@ -20,7 +20,9 @@ from holdfast.core.config import format_duration
 from holdfast.core.contract import (
     EXIT_DONE,
     EXIT_FENCED,
+    EXIT_INFRASTRUCTURE,
     EXIT_INTERRUPTED,
+    EXIT_LIMIT,
     EXIT_NO_PROGRESS,
     EXIT_PREEMPTED,
     EXIT_USAGE,
@@ -48,8 +50,11 @@ class Ending(Enum):
     DONE = "done"
     PREEMPTED = "preempted"
     ERROR = "error"
+    INFRASTRUCTURE = "infrastructure"
+    LIMIT = "limit"
     ASKED = "asked to stop"
     INTERRUPTED = "interrupted"
+    TAKEN = "taken"
     FENCED = "fenced"
     USAGE = "usage"
     NO_PROGRESS = "no progress"
@@ -68,6 +73,16 @@ class AttemptEnded:
     """The agent itself had been told to stop, and had told the command."""
     oom_killed: bool | None = None
     """Whether the kernel's out-of-memory killer struck in this cgroup meanwhile; None when that cannot be read."""
+    hang: str | None = None
+    """Why the agent took the command for hung and ended it."""
+    infrastructure: str | None = None
+    """What failed in the machine (a GPU was lost): the command is not to blame, whatever its exit code."""
+    started: bool = True
+    """False: the machine was not fit for the command, which was never started; `infrastructure` says why."""
+    limit: str | None = None
+    """Which limit of time or money is used up."""
+    notice: str | None = None
+    """What the machine's provider has said: this machine goes. Nothing is started on it any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +94,8 @@ class RestartLimits:
     max_errors_total: int = 30
     """Errors in all that are answered by a restart: progress does not refill it, so that a command that fails over and over, with a
     little progress each time, ends too."""
+    max_infrastructure: int = 3
+    """Failures of the machine in a row that are answered by a restart on it. An attempt that made progress refills this budget."""
     max_preemptions: int | None = None
     """Preemptions in all that are answered by a restart; None: any number."""
     no_progress_limit: int = 2
@@ -91,8 +108,8 @@ class RestartLimits:
     """An attempt that lasted this long ends a row of failures as far as delays are concerned, progress known or not."""
 
     def __post_init__(self) -> None:
-        counts = (self.max_errors, self.max_errors_total, self.max_preemptions or 0, self.no_progress_limit)
-        if min(counts) < 0:
+        counts = (self.max_errors, self.max_errors_total, self.max_infrastructure, self.max_preemptions or 0)
+        if min(*counts, self.no_progress_limit) < 0:
             raise UsageError("limits of errors, preemptions and attempts without progress are zero or more")
         if not 0 <= self.first_delay_s <= self.max_delay_s < math.inf:
             raise UsageError("delays between restarts must keep 0 <= first_delay_s <= max_delay_s")
@@ -106,6 +123,7 @@ class RestartState:
     errors_in_a_row: int = 0
     errors: int = 0
     preemptions: int = 0
+    infrastructure_in_a_row: int = 0
     without_progress: int = 0
     """Attempts in a row that are known to have committed nothing new."""
     short_in_a_row: int = 0
@@ -139,6 +157,8 @@ _FINAL = {
     Ending.FENCED: "another attempt owns the run now",
     Ending.USAGE: "a wrong argument, or another run than expected: it would fail again",
     Ending.NO_PROGRESS: "the command itself found that attempts make no progress",
+    Ending.LIMIT: "the limit of time or money is reached",
+    Ending.TAKEN: "preempted: the machine is taken away",
 }
 
 
@@ -159,6 +179,8 @@ def describe_exit(exit_code: int) -> str:
 
 def classify(ended: AttemptEnded) -> Ending:
     """What the ending means. The exit code of a shell around the command (128 + n) counts like the signal itself."""
+    if not ended.started:
+        return Ending.INFRASTRUCTURE
     code = exit_code_of(ended.exit_code)
     if code == EXIT_DONE:
         return Ending.DONE
@@ -166,8 +188,16 @@ def classify(ended: AttemptEnded) -> Ending:
         return Ending.FENCED
     if code == EXIT_NO_PROGRESS:
         return Ending.NO_PROGRESS
+    if ended.limit is not None:
+        return Ending.LIMIT
+    if ended.notice is not None and code not in (EXIT_USAGE, EXIT_INTERRUPTED):
+        return Ending.TAKEN
     if ended.stop_asked:
         return Ending.ASKED
+    if ended.infrastructure is not None or code == EXIT_INFRASTRUCTURE:
+        return Ending.INFRASTRUCTURE
+    if ended.hang is not None:
+        return Ending.ERROR
     if code == EXIT_USAGE:
         return Ending.USAGE
     if code == EXIT_INTERRUPTED:
@@ -185,13 +215,21 @@ def decide(
     """What to do now that an attempt has ended, and what is known from here on.
 
     `jitter` in [0, 1) is drawn by the caller; it spreads a delay over its upper half, so that many machines that failed together
-    do not come back together. The exit code is that of this attempt, or EXIT_NO_PROGRESS.
+    do not come back together. The exit code is that of this attempt, EXIT_NO_PROGRESS, EXIT_INFRASTRUCTURE where the machine has
+    failed, or EXIT_LIMIT instead of a code that asks for another start.
     """
     ending = classify(ended)
     state = _advance(state, ended, ending, limits)
     reasons = [_what_happened(ended, ending)]
     code = exit_code_of(ended.exit_code)
-    if ending in _FINAL:
+    if ending is Ending.LIMIT and code in (EXIT_PREEMPTED, 128 + signal.SIGTERM, 128 + signal.SIGKILL):
+        code = EXIT_LIMIT
+    elif ending is Ending.INFRASTRUCTURE:
+        code = EXIT_INFRASTRUCTURE
+    elif ending is Ending.TAKEN:
+        # Whatever a command that was ended in haste has left with: it is to be started again, elsewhere.
+        code = EXIT_PREEMPTED
+    if ending in _FINAL or not ended.started:
         return state, Stop(code, tuple(reasons))
     if limits.no_progress_limit and state.without_progress >= limits.no_progress_limit:
         attempts = "1 attempt" if state.without_progress == 1 else f"{state.without_progress} attempts in a row"
@@ -210,6 +248,15 @@ def decide(
 def _advance(state: RestartState, ended: AttemptEnded, ending: Ending, limits: RestartLimits) -> RestartState:
     reports = state.reports_progress or ended.progress_made is not None
     progress = ended.progress_made if ended.progress_made is not None or not reports else False
+    if ending is Ending.INFRASTRUCTURE and not progress:
+        # A machine that fails says nothing about the command: neither for it nor against it.
+        return replace(
+            state,
+            attempts=state.attempts + 1,
+            infrastructure_in_a_row=state.infrastructure_in_a_row + 1,
+            short_in_a_row=1 if ended.lasted_s >= limits.settled_s else state.short_in_a_row + 1,
+            reports_progress=reports,
+        )
     error = ending is Ending.ERROR
     settled = ended.lasted_s >= limits.settled_s
     return replace(
@@ -217,7 +264,8 @@ def _advance(state: RestartState, ended: AttemptEnded, ending: Ending, limits: R
         attempts=state.attempts + 1,
         errors_in_a_row=(0 if progress else state.errors_in_a_row) + error,
         errors=state.errors + error,
-        preemptions=state.preemptions + (ending is Ending.PREEMPTED),
+        preemptions=state.preemptions + (ending in (Ending.PREEMPTED, Ending.TAKEN)),
+        infrastructure_in_a_row=(0 if progress else state.infrastructure_in_a_row) + (ending is Ending.INFRASTRUCTURE),
         without_progress=state.without_progress + 1 if progress is False else 0,
         # After progress or a long life this failure is the first of a new row.
         short_in_a_row=1 if progress or settled else state.short_in_a_row + 1,
@@ -226,8 +274,16 @@ def _advance(state: RestartState, ended: AttemptEnded, ending: Ending, limits: R
 
 
 def _what_happened(ended: AttemptEnded, ending: Ending) -> str:
+    if ending is Ending.LIMIT and ended.limit:
+        return ended.limit
+    if ending is Ending.TAKEN and ended.notice:
+        return f"preempted: {ended.notice}"
     if ending in _FINAL:
         return _FINAL[ending]
+    if ending is Ending.INFRASTRUCTURE:
+        return f"the machine has failed: {ended.infrastructure or 'the command says so'}"
+    if ended.hang is not None:
+        return f"an error: it hung, and was ended: {ended.hang}"
     oom = "the kernel's out-of-memory killer struck in this cgroup"
     if ending is Ending.ERROR:
         return f"an error: {oom}" if ended.oom_killed else "an error"
@@ -247,6 +303,10 @@ def _spent_budget(state: RestartState, ending: Ending, limits: RestartLimits) ->
                 f"no more restarts: {_times(state.preemptions)} preempted, max_preemptions is {limits.max_preemptions}"
             )
         return None
+    if ending is Ending.INFRASTRUCTURE:
+        row, most = state.infrastructure_in_a_row, limits.max_infrastructure
+        failed = f"{row} failures of the machine in a row, max_infrastructure is {most}; start the run on another one"
+        return f"no more restarts: {failed}" if row > most else None
     if state.errors_in_a_row > limits.max_errors:
         return f"no more restarts: {state.errors_in_a_row} errors in a row, max_errors is {limits.max_errors}"
     if state.errors > limits.max_errors_total:
