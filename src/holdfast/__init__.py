@@ -45,6 +45,7 @@ from holdfast.core.errors import (
 if TYPE_CHECKING:
     from holdfast.checkpoint.retain import Keep
     from holdfast.checkpoint.saver import SaveHandle
+    from holdfast.checkpoint.tier import LocalTier
     from holdfast.checkpoint.tree import register_codec
     from holdfast.train.run import Run
     from holdfast.train.sample_seeds import sample_seed
@@ -59,6 +60,7 @@ __all__ = [
     "HoldfastWarning",
     "IntegrityError",
     "Keep",
+    "LocalTier",
     "NotFound",
     "PermissionDenied",
     "Preempted",
@@ -84,6 +86,7 @@ __all__ = [
 
 _LAZY = {
     "Keep": "holdfast.checkpoint.retain",
+    "LocalTier": "holdfast.checkpoint.tier",
     "Run": "holdfast.train.run",
     "SaveHandle": "holdfast.checkpoint.saver",
     "register_codec": "holdfast.checkpoint.tree",

@@ -21,13 +21,14 @@ import numpy as np
 
 from holdfast.checkpoint.arrays import adapter_named
 from holdfast.checkpoint.commit import Committer
-from holdfast.checkpoint.format import CheckpointRef, Head, Root, head_key, unseal
+from holdfast.checkpoint.format import CheckpointRef, Head, Part, Root, decode_part, head_key, unseal
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import CheckpointReader, restore_newest
-from holdfast.checkpoint.retain import Keep, checkpoint_keys
+from holdfast.checkpoint.retain import Keep, StoreOpener, checkpoint_keys, pinned_keys
+from holdfast.checkpoint.runs.base import adopt_base, relies_on
 from holdfast.checkpoint.snapshot import lay_out, stream
 from holdfast.checkpoint.tree import decode_document, flatten, unflatten
-from holdfast.core.errors import Fenced, SaveError, StoreUnavailable
+from holdfast.core.errors import Fenced, RunConflict, SaveError, StoreUnavailable, UsageError
 from holdfast.core.ids import TokenSource, seeded_tokens
 from holdfast.store.base import Body, Entry, Store, flat_buffers
 from holdfast.store.memory import MemoryStore
@@ -119,13 +120,21 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 class World:
-    """The store's contents and everything that must hold for them. `chain` is the lineage: every head that ever was the truth."""
+    """The store's contents and everything that must hold for them. `chain` is the lineage: every head that ever was the truth.
 
-    def __init__(self) -> None:
+    A trial's world stands beside that of its `base`, in which the actors are.
+    """
+
+    def __init__(self, url: str = "memory://world", base: World | None = None) -> None:
+        self.url, self.base = url, base
+        self.trials: list[World] = []
+        if base is not None:
+            base.trials.append(self)
         self.memory = MemoryStore()
         self.clock = FakeClock()
         self.chain: list[Head] = []
         self.roots: dict[str, Root] = {}
+        self.parts: dict[str, Part] = {}
         self.states: dict[str, dict[str, Any]] = {}
         self.condemned: set[str] = set()
         self.late: list[Callable[[], None]] = []
@@ -136,6 +145,8 @@ class World:
     def put(self, key: str, body: bytes, state: dict[str, Any] | None) -> None:
         assert key not in self.keys(), f"{key} is overwritten"
         self.memory.put(key, body)
+        if key.endswith("/part-0"):
+            self.parts[key.removesuffix("/part-0")] = decode_part(body, what=key)
         if key.endswith("/root.json"):
             root = unseal(body, Root, what=key)
             self.roots[root.name] = root
@@ -151,6 +162,8 @@ class World:
     def delete(self, key: str) -> None:
         if key.startswith("heads/"):
             assert key != head_key(self.chain[-1].number), "the truth is deleted"
+        elif key.startswith("pins/"):
+            assert key not in self.pins_named(), f"{key} is deleted, and its trial still names it"
         else:
             assert key in self.condemned, f"{key} is deleted, and no head of the lineage condemns it"
         self.memory.delete(key)
@@ -168,6 +181,8 @@ class World:
             if head.kind == "claim":
                 assert head.checkpoints == truth.checkpoints, "a claim lost checkpoints"
                 assert head.attempt == truth.attempt + 1
+            elif head.kind in ("base", "withdraw"):
+                assert (head.owner, head.checkpoints) == (truth.owner, truth.checkpoints)
             else:
                 assert head.owner == truth.owner, "a fenced attempt's head became the truth"
                 assert head.checkpoints[:-1] == truth.checkpoints[-(KEPT - 1) :], "retention lost a checkpoint"
@@ -179,12 +194,29 @@ class World:
     def _no_holes(self) -> None:
         missing = self.reached() - self.keys()
         assert not missing, f"the truth names objects that are gone: {sorted(missing)}"
+        for trial in self.trials:
+            trial._no_holes()
+        if self.base is not None and self.chain:
+            borrowed = {
+                target.key
+                for ref in self.chain[-1].checkpoints
+                for target in self.parts[ref.name].objects
+                if target.home
+            }
+            pins = {f"pins/{pin.name}.json" for pin in self.chain[-1].pins} if borrowed else set()
+            assert pins or not borrowed, "a trial borrows and names no pin"
+            missing = (borrowed | pins) - self.base.keys()
+            assert not missing, f"the truth of a trial names objects of its base that are gone: {sorted(missing)}"
 
     def reached(self) -> set[str]:
         """Every object that the truth's checkpoints need."""
         if not self.chain:
             return set()
         return {key for ref in self.chain[-1].checkpoints for key in checkpoint_keys(ref, self.roots[ref.name])}
+
+    def pins_named(self) -> set[str]:
+        """The pins here that the truths of trials name."""
+        return {f"pins/{pin.name}.json" for trial in self.trials for head in trial.chain[-1:] for pin in head.pins}
 
     def keys(self) -> set[str]:
         return set(self.memory._contents.objects)
@@ -208,10 +240,20 @@ class World:
         for actor in self.actors:
             actor.run(_ALL)
         self.actors = []
-        last = self.actor("Z", lambda actor: attempt(actor, saves=1))
-        last.run(_ALL)
-        assert last.outcome == "done"
-        garbage = {key for key in self.keys() if key.startswith(("data/", "checkpoints/"))} - self.reached()
+        for name, world in [*zip("XY", self.trials, strict=False), ("Z", self)]:
+            last = self.actor(name, lambda actor, world=world: attempt(actor, saves=1, world=world))  # type: ignore[misc]
+            last.run(_ALL)
+            assert last.outcome == "done"
+        for world in (*self.trials, self):
+            world._no_garbage()
+
+    def _no_garbage(self) -> None:
+        spared: set[str] = set()
+        if self.trials:
+            by_url = {trial.url: trial.memory for trial in self.trials}
+            spared = pinned_keys(self.memory, by_url.__getitem__).spared
+            assert {key for key in self.keys() if key.startswith("pins/")} == self.pins_named()
+        garbage = {key for key in self.keys() if key.startswith(("data/", "checkpoints/"))} - self.reached() - spared
         assert not garbage, f"garbage that no sweep removes: {sorted(garbage)}"
 
     def stop(self) -> None:
@@ -301,12 +343,13 @@ class Actor:
 
 
 class ActorStore:
-    """The store as one actor sees it."""
+    """The store as one actor sees it: of the world that it is in, or of another."""
 
-    def __init__(self, actor: Actor) -> None:
+    def __init__(self, actor: Actor, world: World | None = None) -> None:
         self._actor = actor
-        self._world = actor.world
-        self.url = "memory://world"
+        self._world = world or actor.world
+        self.url = self._world.url
+        self.is_near = True
         self.state: dict[str, Any] | None = None
 
     def put(self, key: str, body: Body) -> None:
@@ -336,7 +379,7 @@ class ActorStore:
         if suffers is Suffers.CRASH_BEFORE:
             self._actor.die()
         if suffers is Suffers.LATE:
-            self._world.late.append(lambda: _ignore(apply()))
+            self._actor.world.late.append(lambda: _ignore(apply()))
         if suffers in (Suffers.LATE, Suffers.REFUSED):
             raise StoreUnavailable("no answer")
         result = apply()
@@ -354,25 +397,29 @@ def _ignore(result: object) -> None:
 # Programs
 
 
-def attempt(actor: Actor, *, saves: int) -> None:
+def attempt(actor: Actor, *, saves: int, world: World | None = None) -> None:
     """What a training process does: claim, restore, save, sweep. Saves that fail are warnings; the next one goes on."""
-    world, store, tokens = actor.world, ActorStore(actor), actor.tokens
+    world, tokens = world or actor.world, actor.tokens
+    store = ActorStore(actor, world)
     lineage = Lineage(store, RUN_ID, clock=world.clock, tokens=tokens)
     try:
-        _train(actor, store, lineage, saves, tokens)
+        _train(actor, world, store, lineage, saves, tokens)
     except Fenced:
         assert world.chain[-1].owner != lineage._owner, "the owner was told that it is not"
         raise
 
 
-def _train(actor: Actor, store: ActorStore, lineage: Lineage, saves: int, tokens: TokenSource) -> None:
-    world = actor.world
+def _train(actor: Actor, world: World, store: ActorStore, lineage: Lineage, saves: int, tokens: TokenSource) -> None:
+    homes = {other.url: ActorStore(actor, other) for other in (*world.trials, *([world.base] if world.base else []))}
+    open_home = homes.__getitem__ if homes else no_home
     head = lineage.claim()
     committer = Committer(
-        store, lineage, keep=Keep(KEPT), open_home=no_home, clock=world.clock, tokens=tokens,
+        store, lineage, keep=Keep(KEPT), open_home=open_home, clock=world.clock, tokens=tokens,
         hashing=InlineExecutor(), sending=InlineExecutor(),
     )  # fmt: skip
-    found = restore_newest(store, head, no_home, lambda reader: (reader, load_tree(reader)), fell_back=_never)
+    if world.base is not None:
+        _take_base(world, store, lineage, committer, homes[world.base.url], open_home, tokens)
+    found = restore_newest(store, head, open_home, lambda reader: (reader, load_tree(reader)), fell_back=_never)
     if found is not None:
         reader, state = found
         assert same_state(state, world.states[reader.ref.name]), "restore gave another state than was saved"
@@ -390,6 +437,21 @@ def _train(actor: Actor, store: ActorStore, lineage: Lineage, saves: int, tokens
             committer.sweep()
         except StoreUnavailable:
             continue
+
+
+def _take_base(
+    world: World, store: ActorStore, lineage: Lineage, committer: Committer, base: ActorStore, open_home: StoreOpener,
+    tokens: TokenSource,
+) -> None:  # fmt: skip
+    if relies_on(lineage.head, committer.roots, base.url):
+        return
+    try:
+        adopted = adopt_base(
+            store, base, "latest", lineage, roots=committer.roots, open_home=open_home, tokens=tokens, warn=_never
+        )
+    except (UsageError, RunConflict, StoreUnavailable):
+        return  # There is nothing yet, or no answer: everything is sent.
+    committer.known.add_base(adopted.part, adopted.home, adopted.keys)
 
 
 def reader(actor: Actor, *, times: int) -> None:

@@ -7,6 +7,8 @@ wraps stores so that one chosen operation, counted over all of them, is a crash 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -15,14 +17,18 @@ from typing import Any, TypeVar
 import numpy as np
 
 from holdfast.checkpoint.format import CheckpointRef, Head
-from holdfast.checkpoint.heads import read_truth
+from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import CheckpointReader, open_checkpoint, restore_newest
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, checkpoint_keys, pinned_keys
+from holdfast.checkpoint.runs.base import adopt_base, relies_on
+from holdfast.checkpoint.runs.fork import Forked, Mode, fork
+from holdfast.checkpoint.runs.remove import remove
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tree import decode_document, flatten, unflatten
 from holdfast.core.events import CollectingSink
-from holdfast.core.ids import seeded_tokens
+from holdfast.core.ids import TokenSource, seeded_tokens
 from holdfast.store.base import Body, Entry, Store
+from holdfast.store.memory import MemoryStore
 from holdfast.train.opening import open_run
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "Interruptions",
     "Trainer",
     "Tree",
+    "World",
     "assert_clean",
     "checkpoints_of",
     "head_of",
@@ -113,12 +120,21 @@ class Trainer:
     """One attempt at a run. `restored` is the state that it began with, None for the first."""
 
     def __init__(
-        self, store: Store, open_home: StoreOpener, *, keep: int | None = 3, seed: int = 0, extend: bool = True
+        self,
+        store: Store,
+        open_home: StoreOpener,
+        *,
+        keep: int | None = 3,
+        seed: int = 0,
+        extend: bool = True,
+        fresh: bool = False,
+        base: str | None = None,
+        base_step: str | int = "latest",
     ) -> None:
         self.store, self.clock, self.sink = store, FakeClock(), CollectingSink()
         tokens = seeded_tokens(seed)
         claim = open_run(
-            store, is_default_url=False, identity="identity", fresh=False, extend=extend, clock=self.clock, tokens=tokens,
+            store, is_default_url=False, identity="identity", fresh=fresh, extend=extend, clock=self.clock, tokens=tokens,
             warn=lambda text: None,
         )  # fmt: skip
         assert claim.head is not None
@@ -128,13 +144,36 @@ class Trainer:
             clock=self.clock, tokens=tokens, sink=self.sink,
         )  # fmt: skip
 
+        self.warnings: list[str] = []
+        try:
+            self.restored = self._begin(claim.head, claim.lineage, open_home, tokens, base, base_step)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(
+        self,
+        head: Head,
+        lineage: Lineage,
+        open_home: StoreOpener,
+        tokens: TokenSource,
+        base: str | None,
+        base_step: str | int,
+    ) -> Tree | None:
+        if base is not None and not relies_on(head, self.saver.roots, base):
+            adopted = adopt_base(
+                self.store, open_home(base), base_step, lineage, roots=self.saver.roots, open_home=open_home, tokens=tokens,
+                warn=self.warnings.append,
+            )  # fmt: skip
+            self.saver.known.add_base(adopted.part, adopted.home, adopted.keys)
+
         def load(reader: CheckpointReader) -> Tree:
             tree = _load(reader)
             self.saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
             self.saver.roots.remember(reader.root)
             return tree
 
-        self.restored = restore_newest(store, claim.head, open_home, load, fell_back=lambda fallback: None)
+        return restore_newest(self.store, lineage.head, open_home, load, fell_back=lambda fallback: None)
 
     def save(self, step: int, tree: Tree | None = None, *, finish: bool = False, **metadata: Any) -> CheckpointRef:
         """Save, commit and sweep. Raises what the save raised."""
@@ -164,6 +203,62 @@ def assert_clean(store: Store, open_home: StoreOpener) -> None:
     reached = {key for ref in head.checkpoints for key in checkpoint_keys(ref, roots.get(ref))} | pinned.spared
     stored = {entry.key for prefix in ("data/", "checkpoints/") for entry in store.list(prefix)}
     assert stored == reached
+
+
+class World:
+    """Runs side by side, all in memory. `through` puts a layer over every store that a fork or a trainer uses."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Store] = {}
+        self._seeds = itertools.count(1)
+        self.clock = FakeClock()
+
+    def open(self, url: str) -> Store:
+        return self._stores.setdefault(url, _Named(url))
+
+    def trainer(
+        self, url: str, keep: int | None = 3, through: Callable[[Store], Store] = lambda store: store, **options: Any
+    ) -> Trainer:
+        open_home = self._layered(through)
+        return Trainer(open_home(url), open_home, keep=keep, seed=next(self._seeds), **options)
+
+    def _layered(self, through: Callable[[Store], Store]) -> StoreOpener:
+        return functools.cache(lambda url: through(self.open(url)))
+
+    def fork(
+        self, source: str, target: str, step: str | int = "latest", mode: Mode = "reference",
+        through: Callable[[Store], Store] = lambda store: store,
+    ) -> Forked:  # fmt: skip
+        open_home = self._layered(through)
+        return fork(
+            source,
+            target,
+            step,
+            mode,
+            open_home=open_home,
+            clock=self.clock,
+            tokens=seeded_tokens(1000 + next(self._seeds)),
+        )
+
+    def clean(self, *urls: str) -> None:
+        for url in urls:
+            assert_clean(self.open(url), self.open)
+
+    def remove(self, url: str, *, force: bool = False) -> None:
+        remove(
+            self.open(url), open_home=self.open, clock=self.clock, tokens=seeded_tokens(2000 + next(self._seeds)), force=force
+        )  # fmt: skip
+
+    def pins(self, url: str) -> list[str]:
+        return [entry.key for entry in self.open(url).list("pins/")]
+
+
+class _Named(MemoryStore):
+    """Private objects under a name of their own."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
 
 
 class Crash(BaseException):
@@ -215,6 +310,10 @@ class _Interrupted:
     @property
     def url(self) -> str:
         return self._inner.url
+
+    @property
+    def is_near(self) -> bool:
+        return self._inner.is_near
 
     def put(self, key: str, body: Body) -> None:
         self._around(lambda: self._inner.put(key, body))

@@ -23,7 +23,9 @@ def test_the_command_keeps_its_options_its_output_and_its_exit_code() -> None:
         done = holdfast("run", "--max-errors", "0", *dashes, *command)
         assert done.returncode == 41
         assert done.stdout == "['--url', 'mine', '--', '-x']\n"
-        (line,) = done.stderr.splitlines()
+        first, *block, line = done.stderr.splitlines()
+        assert first == "holdfast: start 1"
+        assert block[0].startswith("holdfast:   machine ")
         assert line.startswith("holdfast: attempt 1 ended: exit code 41 after ")
         assert line.endswith("leaving with exit code 41")
 
@@ -34,11 +36,13 @@ def test_options_reach_the_command_and_the_limits_and_the_report_tells_it_all(tm
         "import os, sys; print(*(os.environ.get('HOLDFAST_' + n) for n in ('RUN', 'ATTEMPT', 'FRESH')), flush=True);"
         "os.kill(os.getpid(), 15)"
     )
-    options = ["--url", "./runs/gpt", "--fresh", "--max-preemptions", "0", "--grace", "1 min", "--report", str(report)]
+    run = str(tmp_path / "gpt")
+    options = ["--url", run, "--fresh", "--max-preemptions", "0", "--grace", "1 min", "--report", str(report)]
     done = holdfast("run", *options, "--", sys.executable, "-c", code)
     assert done.returncode == 143
-    assert done.stdout == "./runs/gpt 1 1\n"
-    events = [json.loads(line) for line in report.read_text().splitlines()]
+    assert done.stdout == f"{run} 1 1\n"
+    told = [json.loads(line) for line in report.read_text().splitlines()]
+    events = [event for event in told if not event["name"].startswith("notice.")]
     assert [event["name"] for event in events] == ["attempt.started", "attempt.ended", "agent.stopped"]
     assert events[1]["fields"]["ending"] == "preempted"
     assert events[1]["fields"]["exit_code"] == -15
@@ -49,6 +53,8 @@ def test_options_reach_the_command_and_the_limits_and_the_report_tells_it_all(tm
     ("arguments", "message"),
     [
         (["--grace", "5 lightyears", "--", "true"], '"10 min"'),
+        (["--max-cost", "5", "--", "true"], "max_cost needs the machine's price"),
+        (["--hang-limit", "sleeping=3 h", "--", "true"], "phases are starting, restoring"),
         (["--report", "/no/such/folder/report", "--", "true"], "cannot write the report"),
         (["--", "no-such-command-anywhere"], "cannot start 'no-such-command-anywhere'"),
     ],

@@ -7,6 +7,7 @@ agent only, and a shell script must `exec` its last command, or the shell gets t
 what it leaves behind is then told to stop in turn).
 
     signal → SignalInbox → Supervisor → Child (main process), later: its process group
+    Attendant.look, now and then → EndNow → the same way
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import select
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError, UsageError
 
-__all__ = ["Child", "SignalInbox", "Supervisor"]
+__all__ = ["Attendant", "Child", "EndNow", "SignalInbox", "Supervisor"]
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Launchers use the first two for their own agreements with the command; the third lets progress bars follow the window.
@@ -100,14 +103,26 @@ class Child:
     instead of working on unseen. This needs Linux; elsewhere the command lives on.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> None:
         try:
-            self._process = subprocess.Popen(
-                list(command),
-                env=dict(environment),
-                start_new_session=True,
-                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - calls prctl, getppid and _exit: takes no lock
-            )
+            with warnings.catch_warnings():
+                # Python 3.12 and later warn of any code between fork and exec when there are other threads.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process = subprocess.Popen(
+                    list(command),
+                    env=dict(environment),
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent(),  # noqa: PLW1509 - calls prctl, getppid and _exit: takes no lock
+                )
         except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
             raise UsageError(
                 f"cannot start {command[0]!r}: {error.strerror}; is it installed and on the PATH?"
@@ -161,6 +176,35 @@ def _die_with_parent() -> Callable[[], None] | None:
     return between_fork_and_exec
 
 
+@dataclass(frozen=True, slots=True)
+class EndNow:
+    """The command must be ended: SIGTERM now, and SIGKILL to its group `grace_s` later. `stop` ends the agent's work as well."""
+
+    grace_s: float
+    stop: bool = False
+
+
+class Attendant(Protocol):
+    """Who looks after the command while it runs. Called in the main thread; nothing here may take longer than a few seconds."""
+
+    @property
+    def every_s(self) -> float:
+        """Seconds until the next look."""
+        ...
+
+    def look(self, child: Child | None) -> EndNow | None:
+        """Called now and then, between two starts too (None). The command is ended when it says so."""
+        ...
+
+    def told(self, grace_s: float) -> None:
+        """The command has just been told to stop, and has `grace_s` (may be infinite)."""
+        ...
+
+    def window_changed(self) -> None:
+        """The terminal has another size now; the command is told afterwards."""
+        ...
+
+
 class Supervisor:
     """Waits for one child after the other, and remembers whether the agent has been told to stop.
 
@@ -175,14 +219,23 @@ class Supervisor:
         self._leftover_grace_s = leftover_grace_s
         self._kill_at_s = math.inf
         self._told: set[int] = set()
+        self._attendant: Attendant | None = None
         self.stop_signal: int | None = None
         """The first signal that told the agent to stop."""
 
-    def wait_for(self, child: Child) -> int:
+    def is_stopping(self) -> bool:
+        return self.stop_signal is not None
+
+    def wait_for(self, child: Child, attendant: Attendant | None = None) -> int:
         """Until the child has ended and nothing of its group is left. Returns its exit code as `Child.reap` does."""
+        self._attendant = attendant
+        look_at_s = self._clock.monotonic_s() if attendant is not None else math.inf
         try:
             while not child.has_ended():
-                self._receive(child, self._kill_at_s - self._clock.monotonic_s())
+                self._receive(child, min(self._kill_at_s, look_at_s) - self._clock.monotonic_s())
+                if attendant is not None and self._clock.monotonic_s() >= look_at_s:
+                    self._end_if_asked(attendant.look(child), child)
+                    look_at_s = self._clock.monotonic_s() + attendant.every_s
                 if self._clock.monotonic_s() >= self._kill_at_s:
                     child.kill_group()
                     self._kill_at_s = math.inf
@@ -191,21 +244,43 @@ class Supervisor:
             exit_code = child.reap()
         return exit_code
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds: float, attendant: Attendant | None = None) -> None:
         """Let `seconds` pass, or less when the agent is told to stop."""
         until_s = self._clock.monotonic_s() + seconds
         while self.stop_signal is None:
             left_s = until_s - self._clock.monotonic_s()
-            self._receive(None, left_s)
+            self._receive(None, left_s if attendant is None else min(left_s, attendant.every_s))
             if left_s <= 0:
                 return
+            if attendant is not None:
+                self._end_if_asked(attendant.look(None), None)
+
+    def _end_if_asked(self, asked: EndNow | None, child: Child | None) -> None:
+        if asked is None:
+            return
+        if asked.stop and self.stop_signal is None:
+            self.stop_signal = signal.SIGTERM
+        if child is None:
+            return
+        self._kill_at_s = min(self._kill_at_s, self._clock.monotonic_s() + asked.grace_s)
+        if signal.SIGTERM not in self._told:
+            self._tell(signal.SIGTERM, child)
+        if asked.stop:
+            self._told.add(signal.SIGTERM)
 
     def _receive(self, child: Child | None, timeout_s: float) -> None:
         for number in self._inbox.wait(timeout_s):
             if number in _STOPPING:
                 self._told_to_stop(number, child)
             elif child is not None:
+                if number == signal.SIGWINCH and self._attendant is not None:
+                    self._attendant.window_changed()
                 child.send(number)
+
+    def _tell(self, number: int, child: Child) -> None:
+        child.send(number)
+        if self._attendant is not None:
+            self._attendant.told(self._kill_at_s - self._clock.monotonic_s())
 
     def _told_to_stop(self, number: int, child: Child | None) -> None:
         # The command knows what SIGTERM means; a closed terminal means the same.
@@ -216,7 +291,7 @@ class Supervisor:
         elif passed in self._told:
             self._kill_at_s = now_s
         if passed not in self._told and child is not None:
-            child.send(passed)
+            self._tell(passed, child)
         self._told.add(passed)
         if self.stop_signal is None:
             self.stop_signal = number

@@ -1,6 +1,6 @@
 """Run a command, and start it again when it was preempted or crashed. Decisions are `policy.restart`'s; the I/O is here.
 
-    start (environment, progress page) → wait (child.Supervisor) → evidence → policy.restart.decide → start … or leave
+    start (environment, progress page) → wait (child.Supervisor, rounds.Rounds) → evidence → policy.restart → start … or leave
 
 The command may be anything. When it uses holdfast, it finds the progress page through HOLDFAST_CONTROL and writes its figures
 into it, and the agent knows how much was committed and how much was lost.
@@ -18,6 +18,11 @@ from pathlib import Path
 
 from holdfast.agent.child import Child, SignalInbox, Supervisor
 from holdfast.agent.evidence import oom_kills
+from holdfast.agent.heir import rescue
+from holdfast.agent.logs import LogLimits
+from holdfast.agent.mirror import Mirror, MirrorOptions
+from holdfast.agent.record import AgentRecord
+from holdfast.agent.rounds import Care, Rounds
 from holdfast.core.clock import Clock
 from holdfast.core.config import format_duration
 from holdfast.core.contract import (
@@ -26,12 +31,17 @@ from holdfast.core.contract import (
     ENV_FRESH,
     ENV_PREVIOUS_STEP,
     ENV_RUN,
+    EXIT_DONE,
+    EXIT_FENCED,
+    EXIT_INFRASTRUCTURE,
     EXIT_INTERRUPTED,
+    EXIT_LIMIT,
     Progress,
     ProgressPage,
 )
 from holdfast.core.errors import UsageError
 from holdfast.core.events import Event, Sink
+from holdfast.core.ids import random_token
 from holdfast.policy.restart import (
     AttemptEnded,
     Decision,
@@ -42,6 +52,8 @@ from holdfast.policy.restart import (
     decide,
     describe_exit,
 )
+from holdfast.store.base import Store
+from holdfast.store.open import normalise_url
 
 __all__ = ["RunOptions", "run_command"]
 
@@ -60,6 +72,12 @@ class RunOptions:
     leftover_grace_s: float = 5.0
     """From the end of the main process, until what it left behind is killed."""
     limits: RestartLimits = field(default_factory=RestartLimits)
+    care: Care = field(default_factory=Care)
+    logs: LogLimits | None = field(default_factory=LogLimits)
+    """None: the command's output goes to the terminal only."""
+    heartbeat_s: float = 60.0
+    mirror: MirrorOptions | None = None
+    """A folder that the command writes, kept under the run's URL; the agent itself claims the run then."""
 
 
 def run_command(
@@ -71,24 +89,111 @@ def run_command(
     say: Callable[[str], None],
     rng: random.Random,
     environment: Mapping[str, str] | None = None,
+    open_store: Callable[[str], Store] | None = None,
 ) -> int:
     """Run `command` until it is done or is not worth another start; return the exit code to leave with.
 
     That is the last attempt's own (128 + n for death by signal n), EXIT_NO_PROGRESS, 128 + n when signal n stopped the agent
-    while no command was running, or EXIT_INTERRUPTED when a second Ctrl-C killed the command. `say` gets one line per attempt,
-    `sink` the events `attempt.started`, `attempt.ended` and `agent.stopped`. Owns the process's signal handlers meanwhile,
-    so it must be called from the main thread. Raises UsageError when the command cannot be started.
+    while no command was running, or EXIT_INTERRUPTED when a second Ctrl-C killed the command; EXIT_INFRASTRUCTURE and EXIT_LIMIT as
+    policy/restart.py says. `say` gets one line per attempt, `sink` the events `attempt.started`, `attempt.ended`, `command.hung`
+    and `agent.stopped`. With a URL and `open_store`, the events and the command's output are kept under the URL. Owns the
+    process's signal handlers meanwhile, so it must be called from the main thread. Raises UsageError when the command cannot be
+    started.
     """
     if not command:
         raise UsageError("no command was given; write it after two dashes: holdfast run -- python train.py")
-    with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, SignalInbox() as inbox:
-        page = ProgressPage(Path(folder))
-        try:
-            supervisor = Supervisor(inbox, clock, options.grace_s, options.leftover_grace_s)
-            base = dict(os.environ if environment is None else environment) | {ENV_CONTROL: folder}
-            return _Agent(tuple(command), options, page, supervisor, base, clock, sink, say, rng).run()
-        finally:
-            page.close()
+    base = dict(os.environ if environment is None else environment)
+    url = options.url or base.get(ENV_RUN)
+    if options.mirror is not None and (not url or open_store is None):
+        raise UsageError("--mirror needs the URL of the run: holdfast run --run s3://bucket/runs/x --mirror out -- …")
+    store = open_store(url) if open_store is not None and url else None
+    rounds: Rounds | None = None
+    mirror: Mirror | None = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, SignalInbox() as inbox:
+            page = ProgressPage(Path(folder))
+            base[ENV_CONTROL] = folder
+            if store is not None:
+                record = AgentRecord(
+                    store, token=random_token()[:8], clock=clock, say=say, claimed=lambda: _claimed(page, mirror),
+                    logs=options.logs, heartbeat_s=options.heartbeat_s,
+                )  # fmt: skip
+                sink, say = _Both(sink, record), _also_kept(say, record)
+            else:
+                record = None
+            try:
+                rounds = Rounds(
+                    options.care, url=None if store is None else store.url, record=record,
+                    keeps_output=store is not None and options.logs is not None, grace_s=options.grace_s,
+                    leftover_grace_s=options.leftover_grace_s, page=page, folder=Path(folder), environment=base, clock=clock,
+                    sink=sink, say=say,
+                )  # fmt: skip
+                if options.mirror is not None and url is not None and open_store is not None:
+                    mirror = _mirror(options.mirror, url, open_store, clock, sink, say)
+                supervisor = Supervisor(inbox, clock, options.grace_s, options.leftover_grace_s)
+                agent = _Agent(
+                    tuple(command), options, page, supervisor, rounds, mirror, base, clock, sink, say, rng, open_store
+                )
+                return agent.run()
+            finally:
+                if mirror is not None:
+                    mirror.close()
+                if rounds is not None:
+                    rounds.close()
+                page.close()
+    finally:
+        # Signals act on the agent again: nobody has to wait for what is run at the end.
+        if rounds is not None:
+            rounds.run_on_exit()
+        if store is not None:
+            store.close()
+
+
+def _mirror(
+    options: MirrorOptions,
+    url: str,
+    open_store: Callable[[str], Store],
+    clock: Clock,
+    sink: Sink,
+    say: Callable[[str], None],
+) -> Mirror:
+    return Mirror(
+        options, normalise_url(url), open_store=open_store, clock=clock, tokens=random_token, sink=sink,
+        say=lambda text: say(f"holdfast: {text}"),
+        # The main thread, which may be waiting for the command, learns of it as of every other reason to stop.
+        stop=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )  # fmt: skip
+
+
+def _claimed(page: ProgressPage, mirror: Mirror | None) -> int:
+    if mirror is not None:
+        return mirror.attempt
+    try:
+        progress = page.read()
+    except ValueError:
+        return 0
+    return 0 if progress is None else progress.attempt
+
+
+class _Both:
+    """Two sinks as one."""
+
+    def __init__(self, one: Sink, other: Sink) -> None:
+        self._sinks = (one, other)
+
+    def emit(self, event: Event) -> None:
+        for sink in self._sinks:
+            sink.emit(event)
+
+
+def _also_kept(say: Callable[[str], None], record: AgentRecord) -> Callable[[str], None]:
+    """The agent's own lines belong to the story that the logs tell."""
+
+    def say_and_keep(line: str) -> None:
+        say(line)
+        record.keep(line.encode() + b"\n")
+
+    return say_and_keep
 
 
 class _Agent:
@@ -100,16 +205,22 @@ class _Agent:
         options: RunOptions,
         page: ProgressPage,
         supervisor: Supervisor,
+        rounds: Rounds,
+        mirror: Mirror | None,
         environment: dict[str, str],
         clock: Clock,
         sink: Sink,
         say: Callable[[str], None],
         rng: random.Random,
+        open_store: Callable[[str], Store] | None,
     ) -> None:
+        self._open_store = open_store
         self._command = command
         self._options = options
         self._page = page
         self._supervisor = supervisor
+        self._rounds = rounds
+        self._mirror = mirror
         self._environment = environment
         self._clock = clock
         self._sink = sink
@@ -123,46 +234,110 @@ class _Agent:
 
     def run(self) -> int:
         state = RestartState()
-        while self._supervisor.stop_signal is None:
+        while not self._supervisor.is_stopping():
             self._attempt += 1
             ended, progress = self._one_attempt()
+            if not ended.started and self._supervisor.is_stopping():
+                break
             state, decision = decide(state, ended, self._options.limits, self._rng.random())
             self._report(ended, progress, decision)
             if isinstance(decision, Stop):
                 return self._stop(
                     EXIT_INTERRUPTED if self._killed_by_ctrl_c(ended) else decision.exit_code, decision.reasons
                 )
-            self._supervisor.pause(decision.after_s)
-        name = signal.Signals(self._supervisor.stop_signal).name
+            self._supervisor.pause(decision.after_s, self._rounds)
+        return self._stopped_between_attempts(self._supervisor.stop_signal)
+
+    def _stopped_between_attempts(self, stop_signal: int | None) -> int:
+        if self._rounds.limit_reached is not None or stop_signal is None:
+            return self._stop(EXIT_LIMIT, (self._rounds.limit_reached or "",))
+        name = signal.Signals(stop_signal).name
         self._say(f"holdfast: stopped by {name} while no command was running")
-        return self._stop(128 + self._supervisor.stop_signal, (f"stopped by {name}",))
+        return self._stop(128 + stop_signal, (f"stopped by {name}",))
 
     def _killed_by_ctrl_c(self, ended: AttemptEnded) -> bool:
         return self._supervisor.stop_signal == signal.SIGINT and ended.exit_code == -signal.SIGKILL
 
     def _one_attempt(self) -> tuple[AttemptEnded, Progress | None]:
         self._page.reset()
+        started_s = self._clock.monotonic_s()
+        unfit = self._rounds.before_start(self._attempt, self._pause)
+        if unfit is not None:
+            lasted_s = self._clock.monotonic_s() - started_s
+            return _not_started(unfit, lasted_s), None
+        if self._mirror is not None:
+            self._mirror.watch(fresh=self._options.fresh)
+        report = self._rounds.last_words_before_start()
         oom_kills_before = oom_kills()
         started_s = self._clock.monotonic_s()
-        child = Child(self._command, self._attempt_environment())
+        output = self._rounds.output
+        child = Child(
+            self._command,
+            self._attempt_environment(),
+            stdout=None if output is None else output.stdout,
+            stderr=None if output is None else output.stderr,
+        )
+        self._rounds.started(child)
+        for line in report:
+            self._say(line)
         self._emit("attempt.started", start=self._attempt, pid=child.pid)
-        exit_code = self._supervisor.wait_for(child)
+        exit_code = self._supervisor.wait_for(child, self._rounds)
+        findings = self._rounds.ended(exit_code)
+        self._rescue(exit_code)
+        mirrored = self._end_of_mirror(exit_code)
+        exit_code = EXIT_FENCED if self._mirror is not None and self._mirror.fenced is not None else exit_code
         oom_kills_after = oom_kills()
         progress = self._read_progress()
         ended = AttemptEnded(
             exit_code=exit_code,
-            progress_made=self._note_progress(progress),
+            progress_made=self._note_progress(progress) if mirrored is None else mirrored,
             lasted_s=self._clock.monotonic_s() - started_s,
-            stop_asked=self._supervisor.stop_signal is not None,
+            stop_asked=self._supervisor.is_stopping(),
             oom_killed=None
             if oom_kills_before is None or oom_kills_after is None
             else oom_kills_after > oom_kills_before,
+            hang=findings.hang,
+            infrastructure=findings.infrastructure,
+            limit=findings.limit,
+            notice=findings.notice,
         )
         return ended, progress
 
+    def _end_of_mirror(self, exit_code: int) -> bool | None:
+        """Keep the folder as the command has left it. Whether new data was stored; None without a mirror."""
+        if self._mirror is None:
+            return None
+        self._mirror.finish(exit_code)
+        self._mirror.wait(self._supervisor.pause, self._supervisor.is_stopping, self._options.grace_s)
+        return self._mirror.has_progressed()
+
+    def _rescue(self, exit_code: int) -> None:
+        """Commit the snapshot that a trainer has left in shared memory, unless it has left in good order."""
+        slots = self._rounds.notices.control.take_slots()
+        try:
+            if self._open_store is not None and slots and exit_code not in (EXIT_DONE, EXIT_FENCED):
+                ref = rescue(
+                    self._rounds.folder, slots, open_store=self._open_store, clock=self._clock, sink=self._sink,
+                    say=self._say,
+                )  # fmt: skip
+                if ref is not None:
+                    self._page.committed(ref.step)
+        finally:
+            for slot in slots.values():
+                slot.close()
+        if self._rounds.notices.going:
+            self._rounds.notices.acknowledge()
+
+    def _pause(self, seconds: float) -> bool:
+        self._supervisor.pause(seconds, self._rounds)
+        return not self._supervisor.is_stopping()
+
     def _attempt_environment(self) -> dict[str, str]:
         environment = self._environment | {ENV_ATTEMPT: str(self._attempt)}
-        if self._options.url is not None:
+        if self._mirror is not None:
+            # The run is the agent's own: a script that uses holdfast after all must not claim it.
+            environment.pop(ENV_RUN, None)
+        elif self._options.url is not None:
             environment[ENV_RUN] = self._options.url
         if self._reached_step is not None:
             environment[ENV_PREVIOUS_STEP] = str(self._reached_step)
@@ -196,7 +371,7 @@ class _Agent:
 
     def _report(self, ended: AttemptEnded, progress: Progress | None, decision: Decision) -> None:
         lost_steps = None
-        figures = "it reported no progress"
+        figures = "it reported no progress" if ended.started else "the command was not started"
         if progress is not None:
             kept = max(progress.committed_step, progress.restored_step, 0)
             lost_steps = max(0, progress.step - kept)
@@ -208,9 +383,9 @@ class _Agent:
             if isinstance(decision, Stop)
             else f"starting attempt {self._attempt + 1}" + (" now" if not decision.after_s else "")
         )
-        how = f"{describe_exit(ended.exit_code)} after {format_duration(ended.lasted_s)}"
+        how = "" if not ended.started else f"{describe_exit(ended.exit_code)} after {format_duration(ended.lasted_s)}; "
         self._say(
-            f"holdfast: attempt {self._attempt} ended: {how}; {figures}; {', '.join(decision.reasons)}; {following}"
+            f"holdfast: attempt {self._attempt} ended: {how}{figures}; {', '.join(decision.reasons)}; {following}"
         )
         self._emit(
             "attempt.ended",
@@ -229,3 +404,9 @@ class _Agent:
 
     def _emit(self, name: str, **fields: object) -> None:
         self._sink.emit(Event(name, self._clock.unix_s(), fields))
+
+
+def _not_started(unfit: str, lasted_s: float) -> AttemptEnded:
+    return AttemptEnded(
+        exit_code=EXIT_INFRASTRUCTURE, progress_made=None, lasted_s=lasted_s, infrastructure=unfit, started=False
+    )

@@ -94,6 +94,10 @@ class ArrayAdapter(Protocol):
         """Raises UnsupportedState for layouts that cannot be stored (sparse, quantised, object dtype)."""
         ...
 
+    def address(self, value: Any) -> int:
+        """Where its memory begins; 0 for an array without bytes. Values that are the same memory have the same address."""
+        ...
+
     def identity(self, value: Any) -> tuple[object, ...]:
         """Equal for two values that are the same memory seen the same way (tied weights), which are then stored once."""
         ...
@@ -119,7 +123,10 @@ class ArrayAdapter(Protocol):
         ...
 
     def writable(self, value: Any) -> memoryview | None:
-        """The value's own memory as writable bytes, if it is contiguous host memory; otherwise None (allocate, then assign)."""
+        """The value's own memory as writable bytes, if it is contiguous host memory; otherwise None (allocate, then assign).
+
+        The view does not keep the value alive: the caller does.
+        """
         ...
 
     def assign(self, target: Any, source: Any) -> None:
@@ -172,6 +179,9 @@ class NumpyAdapter:
                 "convert it to a plain number type first"
             )
         return ArraySpec(name, dtype, value.shape, value.shape, (0,) * value.ndim, self.library)
+
+    def address(self, value: np.ndarray[Any, Any]) -> int:
+        return int(value.__array_interface__["data"][0]) if value.size else 0
 
     def identity(self, value: np.ndarray[Any, Any]) -> tuple[object, ...]:
         return (self.library, value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
@@ -232,6 +242,8 @@ def elements(array: Any, start: int, stop: int) -> Any:
 
 _NUMPY = NumpyAdapter()
 _torch: ArrayAdapter | None = None
+_BY_TYPE: dict[type, ArrayAdapter] = {np.ndarray: _NUMPY}
+"""What is already known of exact types, for speed."""
 
 
 def _torch_adapter() -> ArrayAdapter:
@@ -245,11 +257,13 @@ def _torch_adapter() -> ArrayAdapter:
 
 def adapter_for(value: object) -> ArrayAdapter | None:
     """The adapter that stores `value` as an array, or None when it is no array."""
-    if _NUMPY.recognises(value):
-        return _NUMPY
+    known = _BY_TYPE.get(type(value))
+    if known is not None:
+        return known
     if _torch is not None or "torch" in sys.modules:
         adapter = _torch or _torch_adapter()
         if adapter.recognises(value):
+            _BY_TYPE[type(value)] = adapter
             return adapter
     return None
 

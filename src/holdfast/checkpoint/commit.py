@@ -7,16 +7,20 @@ Called from one thread at a time (the saver's); nothing here knows of threads, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from copy import copy
+from itertools import combinations
 from typing import NamedTuple
 
 import msgspec
 
-from holdfast.checkpoint.format import CheckpointRef, Head
+from holdfast.checkpoint.format import CheckpointRef, Head, Root
 from holdfast.checkpoint.heads import Lineage
-from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, condemn, find_orphans, sweep
+from holdfast.checkpoint.promote import send
+from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, checkpoint_keys, condemn, find_orphans, sweep
 from holdfast.checkpoint.snapshot import Snapshot
+from holdfast.checkpoint.tier import Staged, Tier
 from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, SaveError, StoreFull
@@ -31,6 +35,13 @@ class Committed(NamedTuple):
 
     ref: CheckpointRef
     written: Written
+
+
+class _Coming(NamedTuple):
+    """A checkpoint that a head may come to name."""
+
+    ref: CheckpointRef
+    root: Root
 
 
 class Committer:
@@ -65,6 +76,8 @@ class Committer:
         self._abandoned: set[str] = set()
         """What failed writes of this claim may have left; the next head condemns it."""
         self._deleted: set[str] = set()
+        self._named: _Coming | None = None
+        """The checkpoint that a head was last asked to name. Whether it does may still be unknown."""
 
     def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
         """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises.
@@ -78,10 +91,10 @@ class Committer:
                 raise
             return self._commit(snapshot, finish)
 
-    def _make_room(self) -> bool:
-        """Sweep without a new checkpoint. Whether anything was deleted."""
+    def _make_room(self, spared: Iterable[str] = ()) -> bool:
+        """Sweep without a new checkpoint, but not what is `spared`. Whether anything was deleted."""
         self._lineage.settle()
-        orphans = (self._orphans or set()) | self._abandoned
+        orphans = ((self._orphans or set()) | self._abandoned) - set(spared)
         if orphans - set(self._lineage.head.condemned):
             self._lineage.advance(
                 "sweep",
@@ -93,29 +106,96 @@ class Committer:
         return bool(self.sweep())
 
     def _commit(self, snapshot: Snapshot, finish: bool) -> Committed:
-        # Deduplication is decided against the head that the commit is built on, so an unknown outcome is resolved first.
-        self._lineage.settle()
-        head = self._lineage.head
-        if self._orphans is None:
-            self._orphans = find_orphans(self._store, head, self.roots)
-        self.known.retain({ref.name for ref in head.checkpoints})
+        self._settle()
         uploaded: set[str] = set()
         try:
-            written = write_checkpoint(
-                snapshot, self._store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1,
-                known=self.known, tokens=self._tokens, hashing=self._hashing, sending=self._sending, uploaded=uploaded,
-            )  # fmt: skip
+            written = self._write(snapshot, self._store, uploaded, self.known)
+            self._before_commit()
         except HoldfastError:
             # No head that names these was ever put, so the next head may condemn them.
             self._abandoned |= uploaded
             raise
-        self._before_commit()
-        ref = CheckpointRef(
+        return self._publish(self._ref(snapshot, written), written, finish)
+
+    def stage(self, snapshot: Snapshot, tier: Tier, under_way: Sequence[Staged]) -> Staged:
+        """Make the snapshot a whole checkpoint on this machine's disk. May run beside `promote`, from another thread.
+
+        `under_way`: what was staged before it and may be committed before it. Raises what the disk raises.
+        """
+        coming = [_Coming(staged.ref, staged.written.root) for staged in under_way]
+        named, head = self._named, self._lineage.head
+        if named is not None and all(other.ref.name != named.ref.name for other in coming):
+            coming.insert(0, named)
+        written = self._write(snapshot, tier.store, set(), self._lasting(head, coming))
+        current = [ref.name for ref in head.checkpoints if ref.generation == head.generation]
+        built_on = {*(current[-1:] or [""]), *(other.ref.name for other in coming)}
+        return tier.record(written, self._ref(snapshot, written), head, built_on)
+
+    def _lasting(self, head: Head, coming: Sequence[_Coming]) -> KnownChunks:
+        """What may be referred to by a checkpoint that is committed later: chunks of checkpoints, and of a base, that the run still
+        retains then, whichever of `coming` are committed before."""
+        retained, homes = {ref.name for ref in head.checkpoints}, {pin.home for pin in head.pins}
+        new = [other for other in coming if other.ref.name not in retained]
+        for some in (some for count in range(1, len(new) + 1) for some in combinations(new, count)):
+            kept = list(head.checkpoints)
+            for other in some:
+                kept = self._keep.select([*kept, other.ref], head.generation)
+            retained &= {ref.name for ref in kept}
+        for other in new:
+            homes &= set(other.root.homes)
+        lasting = copy(self.known)
+        lasting.retain(retained, homes)
+        return lasting
+
+    def promote(self, staged: Staged, tier: Tier, *, finish: bool = False) -> Committed:
+        """Make a staged checkpoint the run's newest. Raises as `commit`, and IntegrityError when the disk has altered it."""
+        uploaded: set[str] = set()
+        try:
+            try:
+                self._send(staged, tier, uploaded)
+            except StoreFull:
+                if not self._make_room(spared=checkpoint_keys(staged.ref, staged.written.root)):
+                    raise
+                self._send(staged, tier, uploaded)
+            self._before_commit()
+        except HoldfastError:
+            self._abandoned |= uploaded
+            raise
+        ref = msgspec.structs.replace(staged.ref, attempt=self._lineage.head.attempt)
+        return self._publish(ref, staged.written, finish)
+
+    def _send(self, staged: Staged, tier: Tier, uploaded: set[str]) -> None:
+        self._settle()
+        self._check_reaches(self._lineage.head, staged.ref, staged.written)
+        send(staged, tier.store, self._store, uploaded=uploaded)
+
+    def _settle(self) -> None:
+        """Deduplication is decided against the head that the commit is built on, so an unknown outcome is resolved first."""
+        self._lineage.settle()
+        head = self._lineage.head
+        if self._orphans is None:
+            self._orphans = find_orphans(self._store, head, self.roots)
+        self.known.retain({ref.name for ref in head.checkpoints}, {pin.home for pin in head.pins})
+
+    def _write(self, snapshot: Snapshot, store: Store, uploaded: set[str], known: KnownChunks) -> Written:
+        head = self._lineage.head
+        return write_checkpoint(
+            snapshot, store, run_id=head.run_id, attempt=head.attempt, sequence=head.number + 1, known=known,
+            tokens=self._tokens, hashing=self._hashing, sending=self._sending, uploaded=uploaded,
+        )  # fmt: skip
+
+    def _ref(self, snapshot: Snapshot, written: Written) -> CheckpointRef:
+        head = self._lineage.head
+        return CheckpointRef(
             name=written.root.name, root_blake3=written.root_blake3, step=snapshot.step, epoch=snapshot.epoch,
             generation=head.generation, attempt=head.attempt, unix_s=self._clock.unix_s(), total_bytes=written.total_bytes,
             figure=self._figure(snapshot.step),
         )  # fmt: skip
+
+    def _publish(self, ref: CheckpointRef, written: Written, finish: bool) -> Committed:
+        """Name a checkpoint whose every byte is durable in the store."""
         self.roots.remember(written.root)
+        self._named = _Coming(ref, written.root)
         head = self._lineage.advance(
             "finish" if finish else "save", lambda current: self._next(current, ref, written, finish)
         )
@@ -132,20 +212,25 @@ class Committer:
         return deleted
 
     def _next(self, current: Head, ref: CheckpointRef, written: Written, finish: bool) -> Head:
-        """The head that names `ref`, computed from the newest of this claim.
-
-        Invariant: every old object that the checkpoint refers to is still reached by a checkpoint retained there and not condemned.
-        """
-        reached = set(written.root.objects)
-        lost_homes = set(written.root.homes) - {pin.home for pin in current.pins}
-        old = reached - written.sent_objects
-        if lost_homes or (old and not old <= self._retained_objects(current)) or reached & set(current.condemned):
-            raise SaveError("an object that this save refers to is no longer retained; the next save sends it again")
+        """The head that names `ref`, computed from the newest of this claim."""
+        reached = self._check_reaches(current, ref, written)
         kept = self._keep.select([*current.checkpoints, ref], current.generation)
         following = condemn(current, kept, self.roots, deleted=self._deleted)
         orphans = ((self._orphans or set()) | self._abandoned) - reached
         condemned = sorted(set(following.condemned) | orphans)
         return msgspec.structs.replace(following, condemned=condemned, finished=finish)
+
+    def _check_reaches(self, current: Head, ref: CheckpointRef, written: Written) -> set[str]:
+        """Every object of this run that the checkpoint needs.
+
+        Invariant: none of them is condemned, and every old one is still reached by a checkpoint retained there.
+        """
+        reached = checkpoint_keys(ref, written.root)
+        lost_homes = set(written.root.homes) - {pin.home for pin in current.pins}
+        old = set(written.root.objects) - written.sent_objects
+        if lost_homes or (old and not old <= self._retained_objects(current)) or reached & set(current.condemned):
+            raise SaveError("an object that this save refers to is no longer retained; the next save sends it again")
+        return reached
 
     def _retained_objects(self, head: Head) -> set[str]:
         """Data objects that a retained checkpoint reaches. One whose root does not verify vouches for nothing."""

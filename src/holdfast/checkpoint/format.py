@@ -37,6 +37,7 @@ __all__ = [
     "PinnedBy",
     "Root",
     "RunRecord",
+    "StagedRecord",
     "decode_part",
     "digest",
     "encode_part",
@@ -106,6 +107,22 @@ class PinnedBy(msgspec.Struct, frozen=True, kw_only=True):
     format: int
     target: str
     checkpoint: CheckpointRef
+
+
+class StagedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`staged/<name>.json`, on a machine's own disk only: a checkpoint that lies there whole and that no head names yet (tier.py).
+
+    `built_on` are the checkpoints of which one must still be the run's newest for this one to continue it (an empty text: there was
+    none); `head_number` is the newest head when it was staged; `sent_objects` are the data objects that only the disk has.
+    """
+
+    format: int
+    run_id: str
+    checkpoint: CheckpointRef
+    generation: int
+    head_number: int
+    built_on: list[str]
+    sent_objects: list[str]
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,7 +211,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     document: bytes
 
 
-Record = TypeVar("Record", RunRecord, Head, Root, PinnedBy)
+Record = TypeVar("Record", RunRecord, Head, Root, PinnedBy, StagedRecord)
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -289,25 +306,34 @@ def _check_object(reference: ObjectRef, homes: int, what: str) -> None:
 
 
 def _check_entry(entry: ArrayEntry, objects: list[ObjectRef], what: str) -> None:
-    label = f"{what}: array {entry.name!r}"
+    problem = _shape_problem(entry) or _chunk_problem(entry, objects)
+    if problem:
+        raise FormatError(f"{what}: array {entry.name!r} {problem}")
+
+
+def _shape_problem(entry: ArrayEntry) -> str | None:
     dimensions = len(entry.shape)
     if entry.dtype not in DTYPE_BYTES:
-        raise FormatError(f"{label} has the unknown dtype {entry.dtype!r}")
+        return f"has the unknown dtype {entry.dtype!r}"
     if dimensions > _MAX_DIMENSIONS or len(entry.global_shape) != dimensions or len(entry.offsets) != dimensions:
-        raise FormatError(f"{label} has shapes of different length")
+        return "has shapes of different length"
     for size, whole, offset in zip(entry.shape, entry.global_shape, entry.offsets, strict=True):
         if size < 0 or offset < 0 or offset + size > whole:
-            raise FormatError(f"{label} lies outside its global shape")
-    item_bytes = DTYPE_BYTES[entry.dtype]
-    if math.prod(max(1, size) for size in entry.global_shape) * item_bytes > _MAX_ARRAY_BYTES:
-        raise FormatError(f"{label} is larger than any memory")
-    expected = math.prod(entry.shape) * item_bytes
-    if sum(chunk.length for chunk in entry.chunks) != expected:
-        raise FormatError(f"{label} should have {expected} bytes, its chunks have others")
+            return "lies outside its global shape"
+    if math.prod([max(1, size) for size in entry.global_shape]) * DTYPE_BYTES[entry.dtype] > _MAX_ARRAY_BYTES:
+        return "is larger than any memory"
+    return None
+
+
+def _chunk_problem(entry: ArrayEntry, objects: list[ObjectRef]) -> str | None:
+    expected, found = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype], 0
     for chunk in entry.chunks:
-        if not 0 <= chunk.object < len(objects) or not 0 < chunk.length <= CHUNK_BYTES or chunk.offset < 0:
-            raise FormatError(f"{label} has an impossible chunk")
-        if chunk.offset + chunk.length > objects[chunk.object].size_bytes:
-            raise FormatError(f"{label} has a chunk beyond the end of its object")
-        if len(chunk.hashes) != HASH_BYTES * -(-chunk.length // BLOCK_BYTES):
-            raise FormatError(f"{label} has a chunk with missing block hashes")
+        length, offset = chunk.length, chunk.offset
+        found += length
+        if not 0 <= chunk.object < len(objects) or not 0 < length <= CHUNK_BYTES or offset < 0:
+            return "has an impossible chunk"
+        if offset + length > objects[chunk.object].size_bytes:
+            return "has a chunk beyond the end of its object"
+        if len(chunk.hashes) != HASH_BYTES * -(-length // BLOCK_BYTES):
+            return "has a chunk with missing block hashes"
+    return None if found == expected else f"should have {expected} bytes, its chunks have others"

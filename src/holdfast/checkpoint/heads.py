@@ -26,7 +26,7 @@ from holdfast.core.errors import Fenced, IntegrityError, NotFound, RestoreError,
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
-__all__ = ["Change", "Lineage", "Truth", "head_numbers", "read_truth"]
+__all__ = ["Change", "Lineage", "Truth", "head_numbers", "read_head", "read_truth"]
 
 _HEAD_NAME = re.compile(r"heads/(\d{8,12})\.json")
 _RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
@@ -55,7 +55,7 @@ def head_numbers(store: Store) -> list[int]:
     return sorted(number for number, key in numbers if key == head_key(number))
 
 
-def _read_head(store: Store, number: int, run_id: str | None) -> Head:
+def read_head(store: Store, number: int, run_id: str | None) -> Head:
     """Two tries: a bit that flipped on its way here must not make an older head the truth."""
     try:
         return _read_head_once(store, number, run_id)
@@ -84,7 +84,7 @@ def read_truth(store: Store, run_id: str | None = None) -> Truth:
         head, altered, vanished = None, [], False
         for number in reversed(numbers):
             try:
-                head = _read_head(store, number, run_id)
+                head = read_head(store, number, run_id)
                 break
             except NotFound:
                 vanished = True

@@ -7,13 +7,20 @@ work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
+from blake3 import blake3
+
+from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import (
+    BLOCK_BYTES,
     MAX_PART_BYTES,
     ArrayEntry,
     CheckpointRef,
@@ -26,16 +33,24 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.retain import StoreOpener, read_root
-from holdfast.checkpoint.tree import collector_paused
 from holdfast.checkpoint.write import block_hashes
-from holdfast.core.errors import FormatError, IntegrityError, NotFound, RestoreError, RunRemoved, UsageError
+from holdfast.core.errors import (
+    FormatError,
+    HoldfastError,
+    IntegrityError,
+    NotFound,
+    RestoreError,
+    RunRemoved,
+    UsageError,
+)
 from holdfast.store.base import Store
 
-__all__ = ["CheckpointReader", "Fallback", "open_checkpoint", "restore_newest"]
+__all__ = ["CheckpointReader", "Fallback", "open_checkpoint", "read_threads", "restore_newest"]
 
 _SMALL_BYTES = 1 << 20
 _JOIN_GAP_BYTES = 64 << 10
 _JOIN_BYTES = 8 << 20
+_FAR_THREADS = 8
 Result = TypeVar("Result")
 
 
@@ -50,15 +65,30 @@ class Fallback:
 class _Wanted(NamedTuple):
     """One chunk and the memory that it goes to."""
 
+    object: int
+    offset: int
     chunk: Chunk
     target: memoryview
-    label: str
+    array: str
 
 
 class CheckpointReader:
-    """One verified index and access to the bytes behind it. Thread-safe."""
+    """One verified index and access to the bytes behind it. Thread-safe.
 
-    def __init__(self, store: Store, ref: CheckpointRef, root: Root, part: Part, open_home: StoreOpener) -> None:
+    `near` is a disk of this machine that may hold copies of the run's own objects: what is there and verifies is read from there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ref: CheckpointRef,
+        root: Root,
+        part: Part,
+        open_home: StoreOpener,
+        near: Store | None = None,
+    ) -> None:
+        self._near = near
+        self._near_keys = set() if near is None else _keys_on(near)
         self.ref = ref
         self.root = root
         self.part = part
@@ -95,62 +125,97 @@ class CheckpointReader:
         tasks: list[Callable[[], None]] = []
         small: list[_Wanted] = []
         for entry, buffer in wanted:
-            if len(buffer) != entry.spec().nbytes:
-                raise UsageError(f"array {entry.name!r} has {entry.spec().nbytes} bytes, its buffer {len(buffer)}")
-            position = 0
+            position, size_bytes = 0, len(buffer)
             for chunk in entry.chunks:
-                item = _Wanted(
-                    chunk, buffer[position : position + chunk.length], f"{self._label}: array {entry.name!r}"
-                )
-                position += chunk.length
-                if chunk.length >= _SMALL_BYTES:
+                length = chunk.length
+                target = buffer if length == size_bytes else buffer[position : position + length]
+                item = _Wanted(chunk.object, chunk.offset, chunk, target, entry.name)
+                position += length
+                if length >= _SMALL_BYTES:
                     tasks.append(partial(self._read_chunk, item, progress))
                 else:
                     small.append(item)
+            if position != size_bytes:
+                raise UsageError(f"array {entry.name!r} has {position} bytes, its buffer {size_bytes}")
         tasks.extend(partial(self._read_group, group, progress) for group in _groups(small))
         return tasks
 
-    def _fetch(self, number: int, offset: int, target: memoryview) -> None:
-        reference = self.part.objects[number]
-        self._stores[reference.home].read_into(reference.key, offset, target)
-
     def _read_chunk(self, item: _Wanted, progress: Callable[[int], None]) -> None:
-        self._fetch(item.chunk.object, item.chunk.offset, item.target)
-        _verify(item, item.target)
+        self._read_nearest(item.object, lambda store, key: None if _fill(store, key, item) else item)
         progress(item.chunk.length)
 
     def _read_group(self, group: Sequence[_Wanted], progress: Callable[[int], None]) -> None:
-        start = group[0].chunk.offset
-        together = memoryview(bytearray(max(item.chunk.offset + item.chunk.length for item in group) - start))
-        self._fetch(group[0].chunk.object, start, together)
-        for item in group:
-            data = together[item.chunk.offset - start :][: item.chunk.length]
-            _verify(item, data)
-            item.target[:] = data
-            progress(item.chunk.length)
+        self._read_nearest(group[0].object, lambda store, key: _fill_group(store, key, group))
+        progress(sum(item.chunk.length for item in group))
+
+    def _read_nearest(self, number: int, fill: Callable[[Store, str], _Wanted | None]) -> None:
+        """`fill` reads from a store and returns what does not verify. What the disk lacks or has altered comes from the store."""
+        reference = self.part.objects[number]
+        if self._near is not None and reference.home == 0 and reference.key in self._near_keys:
+            with suppress(HoldfastError):
+                if fill(self._near, reference.key) is None:
+                    return
+        altered = fill(self._stores[reference.home], reference.key)
+        if altered is not None:
+            raise IntegrityError(
+                f"{self._label}: array {altered.array!r}: bytes do not match their hash; the object has been altered or torn"
+            )
 
 
-def _verify(item: _Wanted, data: memoryview) -> None:
-    if block_hashes(data) != item.chunk.hashes:
-        raise IntegrityError(f"{item.label}: bytes do not match their hash; the object has been altered or torn")
+def _keys_on(disk: Store) -> set[str]:
+    try:
+        return {entry.key for entry in disk.list("data/")}
+    except HoldfastError:
+        return set()
+
+
+def _fill(store: Store, key: str, item: _Wanted) -> bool:
+    """From a disk block by block, each hashed while it is in the CPU's cache; over a network by one request."""
+    step_bytes = BLOCK_BYTES if store.is_near else item.chunk.length
+    hashes = []
+    for start in range(0, item.chunk.length, step_bytes):
+        piece = item.target[start : start + step_bytes]
+        store.read_into(key, item.offset + start, piece)
+        hashes.append(block_hashes(piece))
+    return b"".join(hashes) == item.chunk.hashes
+
+
+def _fill_group(store: Store, key: str, group: Sequence[_Wanted]) -> _Wanted | None:
+    start = group[0].offset
+    together = memoryview(bytearray(max(item.offset + item.chunk.length for item in group) - start))
+    store.read_into(key, start, together)
+    for item in group:
+        chunk, offset = item.chunk, item.offset - start
+        data = together[offset : offset + chunk.length]
+        if blake3(data).digest() != chunk.hashes:
+            return item
+        item.target[:] = data
+    return None
 
 
 def _groups(small: list[_Wanted]) -> list[list[_Wanted]]:
     """Small chunks that lie close together are fetched by one request."""
     groups: list[list[_Wanted]] = []
-    for item in sorted(small, key=lambda item: (item.chunk.object, item.chunk.offset)):
-        if groups:
-            first, last = groups[-1][0].chunk, groups[-1][-1].chunk
-            near = item.chunk.offset - (last.offset + last.length) <= _JOIN_GAP_BYTES
-            fits = item.chunk.offset + item.chunk.length - first.offset <= _JOIN_BYTES
-            if item.chunk.object == first.object and near and fits:
-                groups[-1].append(item)
-                continue
-        groups.append([item])
+    number, first, end = -1, 0, 0
+    for item in sorted(small, key=itemgetter(0, 1)):
+        last = item.offset + item.chunk.length
+        if item.object != number or item.offset - end > _JOIN_GAP_BYTES or last - first > _JOIN_BYTES:
+            number, first, end = item.object, item.offset, last
+            groups.append([item])
+        else:
+            end = last
+            groups[-1].append(item)
     return groups
 
 
-def open_checkpoint(store: Store, ref: CheckpointRef, open_home: StoreOpener) -> CheckpointReader:
+def read_threads(store: Store) -> int:
+    """How many threads to read with."""
+    return (os.cpu_count() or 1) if store.is_near else _FAR_THREADS
+
+
+def open_checkpoint(
+    store: Store, ref: CheckpointRef, open_home: StoreOpener, near: Store | None = None
+) -> CheckpointReader:
     """Read and verify root and parts. A checkpoint that a fork borrows is read from its home.
 
     Raises IntegrityError or NotFound.
@@ -171,7 +236,7 @@ def open_checkpoint(store: Store, ref: CheckpointRef, open_home: StoreOpener) ->
     # What a restore allocates is known, and was shown to people, before any of it is allocated.
     if sum(entry.spec().nbytes for entry in part.arrays) != ref.total_bytes:
         raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")
-    return CheckpointReader(where, ref, root, part, open_home)
+    return CheckpointReader(where, ref, root, part, open_home, near if ref.home is None else None)
 
 
 def restore_newest(
@@ -181,6 +246,7 @@ def restore_newest(
     load: Callable[[CheckpointReader], Result],
     *,
     fell_back: Callable[[Fallback], None],
+    near: Store | None = None,
 ) -> Result | None:
     """Load the newest checkpoint of the current generation that verifies; None when the head retains none (any more).
 
@@ -195,7 +261,7 @@ def restore_newest(
     while candidates:
         ref = candidates.pop()
         try:
-            return load(open_checkpoint(store, ref, open_home))
+            return load(open_checkpoint(store, ref, open_home, near))
         except (IntegrityError, NotFound) as error:
             newest = read_truth(store, head.run_id).head
             if newest is not None and newest.number > head.number:

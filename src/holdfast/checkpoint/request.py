@@ -21,6 +21,8 @@ class SaveState(Enum):
     HELD = "held"
     WAITING = "waiting"
     WRITING = "writing"
+    STAGED = "staged"
+    """On the machine's disk, on its way to the store."""
     COMMITTED = "committed"
     SUPERSEDED = "superseded"
     FAILED = "failed"
@@ -28,14 +30,15 @@ class SaveState(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
-    """What a save is of. `deferrable` marks arrays that only optimizers write. `finish` makes it the run's last."""
+    """What a save is of. `deferrable` tells arrays that only optimizers write (None: there are none). `finish` makes it
+    the run's last."""
 
     flat: FlatTree
     step: int
     epoch: int
     metadata: dict[str, Any]
     reason: str
-    deferrable: Callable[[Leaf], bool]
+    deferrable: Callable[[Leaf], bool] | None
     finish: bool = False
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_keys",
     "condemn",
     "find_orphans",
+    "needed_pins",
     "pinned_keys",
     "read_root",
     "root_key",
@@ -181,11 +182,11 @@ def condemn(head: Head, retained: Sequence[CheckpointRef], roots: Roots, deleted
             # Its own root and parts are still found by name; its data stays until the orphan sweep of a later attempt.
             dropped.add(root_key(ref.name))
     condemned = (set(head.condemned) | (dropped - reached)) - set(deleted)
-    pins = _needed_pins(head.pins, retained, roots)
+    pins = needed_pins(head.pins, retained, roots)
     return msgspec.structs.replace(head, checkpoints=list(retained), condemned=sorted(condemned), pins=pins)
 
 
-def _needed_pins(pins: Sequence[Pin], retained: Sequence[CheckpointRef], roots: Roots) -> list[Pin]:
+def needed_pins(pins: Sequence[Pin], retained: Sequence[CheckpointRef], roots: Roots) -> list[Pin]:
     """The pins into runs that a retained checkpoint refers to; all of them when a root cannot be read."""
     if not pins:
         return []
@@ -258,11 +259,21 @@ def _judge_pin(store: Store, key: str, open_home: StoreOpener, pinned: Pinned) -
     try:
         pinned.spared.update(checkpoint_keys(pin.checkpoint, read_root(store, pin.checkpoint)))
     except NotFound as error:
-        # A fork that came too late and has not withdrawn yet protects nothing. One that has checkpoints relies on what is lost.
-        if truth.head is not None and truth.head.checkpoints:
+        # A run that came too late and has not withdrawn yet protects nothing. One whose checkpoints refer to this relies on what
+        # is lost.
+        if truth.head is not None and _refers(truth.head, open_home(pin.target), store.url, open_home):
             raise IntegrityError(
                 f"{store.url}/{key}: the checkpoint that {pin.target} refers to is damaged: {error}"
             ) from error
+
+
+def _refers(head: Head, target: Store, url: str, open_home: StoreOpener) -> bool:
+    """Whether a checkpoint that `target` retains lies in, or refers to, the run at `url`; also when that cannot be known."""
+    roots = Roots(target, open_home)
+    try:
+        return any(url in (ref.home, *roots.get(ref).homes) for ref in head.checkpoints)
+    except (IntegrityError, NotFound):
+        return True
 
 
 def sweep(store: Store, lineage: Lineage, open_home: StoreOpener) -> set[str]:

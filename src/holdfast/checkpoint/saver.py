@@ -10,25 +10,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-from holdfast.checkpoint.commit import Committer
+from holdfast.checkpoint.collector import collector_paused
+from holdfast.checkpoint.commit import Committed, Committer
 from holdfast.checkpoint.format import CheckpointRef
+from holdfast.checkpoint.handover import Legacy
 from holdfast.checkpoint.heads import Lineage
+from holdfast.checkpoint.outcomes import Outcomes, SaveTask, Sent
+from holdfast.checkpoint.promote import PROMOTION_BYTES
 from holdfast.checkpoint.request import SaveHandle, SaveRequest, SaveState
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener
 from holdfast.checkpoint.snapshot import Layout, Snapshot, lay_out, stage, stream
 from holdfast.checkpoint.staging import Slot, StagingBudget, available_memory_bytes, plan_slots
 from holdfast.checkpoint.threads import DaemonPool
-from holdfast.checkpoint.tree import FlatTree, collector_paused
+from holdfast.checkpoint.tier import Staged, Tier
+from holdfast.checkpoint.tree import FlatTree
+from holdfast.checkpoint.two_tiers import Promotion, TwoTiers
 from holdfast.checkpoint.write import KnownChunks
 from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, HoldfastError, SaveError, TooManyUnsaved, UsageError
-from holdfast.core.events import Event, Sink
+from holdfast.core.errors import HoldfastError, SaveError, UsageError
+from holdfast.core.events import Sink
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
-__all__ = ["SaveHandle", "SaveRequest", "SaveState", "Saver", "SaverOptions"]
+__all__ = ["SaveHandle", "SaveRequest", "SaveState", "SaveUnderWay", "Saver", "SaverOptions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +50,25 @@ class SaverOptions:
     send_threads: int = 4
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
+    """A snapshot and what it is for."""
+
     snapshot: Snapshot
-    handle: SaveHandle
-    request: SaveRequest
-    taken_s: float
-    stall_s: float
+    task: SaveTask
+
+
+class SaveUnderWay(NamedTuple):
+    """A save that is being made durable, and for how long it has been."""
+
+    step: int
+    since_s: float
 
 
 class Saver:
     """Owns the lineage, the staging slots and the background thread.
 
-    Thread safety: `save`, `hold`, `commit_held`, `release`, `check` and `close` belong to the loop's thread.
+    Thread safety: `save`, `hold`, `release`, `check` and `close` belong to the loop's thread; the rest to any.
     """
 
     def __init__(
@@ -72,14 +84,21 @@ class Saver:
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[CheckpointRef], None] = lambda ref: None,
         figure: Callable[[int], float | None] = lambda step: None,
+        tier: Tier | None = None,
+        legacy: Legacy | None = None,
     ) -> None:
-        self._options, self._clock, self._sink, self._committed = options, clock, sink, committed
+        self._options, self._clock = options, clock
+        self._outcomes = Outcomes(max_unsaved=options.max_unsaved, clock=clock, sink=sink, committed=committed)
         self._hashing = DaemonPool(options.hash_threads, "holdfast-hash")
         self._sending = DaemonPool(options.send_threads, "holdfast-send")
         self._committer = Committer(
             store, lineage, keep=options.keep, open_home=open_home, clock=clock, tokens=tokens, hashing=self._hashing,
             sending=self._sending, before_commit=before_commit, figure=figure,
         )  # fmt: skip
+        self._tiers = (
+            None if tier is None else TwoTiers(tier, self._committer, told=self._promoted, note=self._outcomes.note)
+        )
+        self._legacy = legacy
         self._layout: Layout | None = None
         self._budget: StagingBudget | None = None
         self._free: list[Slot] = []
@@ -92,12 +111,9 @@ class Saver:
         self._newest: Snapshot | None = None
         self._condition = threading.Condition()
         self._closing = False
-        self._failures: list[BaseException] = []
-        self._unreported: list[str] = []
         self._thread = threading.Thread(target=self._work, name="holdfast-saver", daemon=True)
         self._thread.start()
         self.stall_s_of_last: float = 0.0
-        self.durable_s_of_last: float = 0.0
 
     @property
     def known(self) -> KnownChunks:
@@ -108,6 +124,38 @@ class Saver:
     def roots(self) -> Roots:
         """Roots that need not be read again. Restore adds the one that it has read, before the first save."""
         return self._committer.roots
+
+    @property
+    def durable_s_of_last(self) -> float:
+        """From the snapshot until the newest save counted."""
+        return self._outcomes.durable_s_of_last
+
+    @property
+    def durable_step(self) -> int | None:
+        """The newest step whose save counts, of this attempt."""
+        return self._outcomes.durable_step
+
+    def sent(self) -> list[Sent]:
+        """How quick the newest saves were, the oldest first."""
+        return list(self._outcomes.sent)
+
+    def under_way(self) -> SaveUnderWay | None:
+        """The save that is being written or promoted right now."""
+        job = self._writing
+        tasks = [job.task] if job is not None else [] if self._tiers is None else self._tiers.tasks()
+        if not tasks:
+            return None
+        return SaveUnderWay(tasks[0].step, self._clock.monotonic_s() - tasks[0].taken_s)
+
+    def held_step(self) -> int | None:
+        """The step of the snapshot that lies in memory and is written only if somebody asks."""
+        job = self._held
+        return None if job is None else job.task.step
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What a snapshot weighs; 0 before the first."""
+        return 0 if self._layout is None else self._layout.total_bytes
 
     # ---- the loop's side
 
@@ -137,7 +185,7 @@ class Saver:
             if job is None:
                 return None
             self._enqueue(job)
-            return job.handle
+            return job.task.handle
 
     def drop_held(self) -> None:
         """The held state is history: what would be committed from it is older than what the loop does now."""
@@ -154,38 +202,40 @@ class Saver:
             self._newest = None
 
     def check(self, warn: Callable[[str], None]) -> None:
-        """Surface failures of background saves at a step boundary: warn up to `max_unsaved` times in a row, then raise.
-
-        Raises Fenced at once, and TooManyUnsaved.
-        """
-        if not self._unreported and not self._failures:
-            return
-        with self._condition:
-            messages, self._unreported = self._unreported, []
-            failures = list(self._failures)
-        for failure in failures:
-            if isinstance(failure, Fenced):
-                raise failure
-        for message in messages:
-            warn(message)
-        if len(failures) > self._options.max_unsaved:
-            raise TooManyUnsaved(
-                f"{len(failures)} saves in a row have failed; max_unsaved={self._options.max_unsaved} allows "
-                f"{self._options.max_unsaved}. The last error: {failures[-1]}"
-            ) from failures[-1]
+        """Surface failures of background saves at a step boundary. Raises Fenced at once, and TooManyUnsaved."""
+        self._outcomes.check(warn)
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is waiting or being written. False when `timeout_s` passed first."""
+        """Wait until every save that was asked for counts, or has failed. False when `timeout_s` passed first."""
+        until_s = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
+        if not self._drain_snapshots(timeout_s):
+            return False
+        if self._tiers is None or self._tiers.tier.outlives:
+            return True
+        return self._tiers.drain(None if until_s is None else until_s - self._clock.monotonic_s())
+
+    def _drain_snapshots(self, timeout_s: float | None = None) -> bool:
         with self._condition:
             return self._condition.wait_for(lambda: self._waiting is None and self._writing is None, timeout_s)
+
+    def adopt(self, staged: Staged) -> None:
+        """Commit what an earlier attempt left on this machine's disk, from which this one has resumed. Before the first save."""
+        assert self._tiers is not None
+        task = SaveTask(
+            handle=SaveHandle(staged.ref.step), step=staged.ref.step, reason="left on the disk", finish=False,
+            taken_s=self._clock.monotonic_s(), stall_s=0.0,
+        )  # fmt: skip
+        self._tiers.adopt(Promotion(staged, task))
 
     def close(self, timeout_s: float | None = None) -> None:
         """Finish what is queued, then stop the thread and give the memory back. What is not done within `timeout_s` is given up."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
+        until_s = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        left_s = None if until_s is None else max(0.0, until_s - self._clock.monotonic_s())
+        if self._thread.is_alive() or (self._tiers is not None and not self._tiers.close(left_s)):
             self._hashing.shutdown(wait=False, cancel_futures=True)
             self._sending.shutdown(wait=False, cancel_futures=True)
             return
@@ -231,6 +281,8 @@ class Saver:
             self._stream(request, layout, handle, started_s)
             return handle
         slot = self._slot_for(handle)
+        if self._legacy is not None:
+            self._legacy.begins(slot)
         try:
             with collector_paused():
                 snapshot = stage(
@@ -246,10 +298,10 @@ class Saver:
             raise
         self._newest = snapshot
         now_s = self._clock.monotonic_s()
-        # The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits.
-        request = replace(request, flat=FlatTree(request.flat.document, ()))
-        job = _Job(snapshot, handle, request, now_s, now_s - started_s)
-        self.stall_s_of_last = job.stall_s
+        self.stall_s_of_last = now_s - started_s
+        job = _Job(snapshot, _task(request, handle, now_s, self.stall_s_of_last))
+        if hold:
+            self._describe(snapshot)
         with self._condition:
             if hold:
                 handle.state = SaveState.HELD
@@ -259,7 +311,7 @@ class Saver:
         return handle
 
     def _enqueue(self, job: _Job) -> None:
-        job.handle.state = SaveState.WAITING
+        job.task.handle.state = SaveState.WAITING
         self._waiting = job
         self._condition.notify_all()
 
@@ -268,7 +320,7 @@ class Saver:
         budget = self._budget
         if budget is not None and layout.total_bytes <= budget.slot_bytes:
             return budget
-        self.drain()
+        self._drain_snapshots()
         with self._condition:
             for job in (self._held, self._waiting):
                 if job is not None:
@@ -277,21 +329,32 @@ class Saver:
             self._close_slots()
         budget = plan_slots(
             layout.total_bytes,
-            cap_bytes=self._options.staging_cap_bytes,
+            cap_bytes=self._staging_cap_bytes(layout),
             available_bytes=available_memory_bytes(),
             local_ranks=self._options.local_ranks,
         )
         self._slots = [Slot(budget.slot_bytes) for _ in range(budget.slots)]
         self._free = list(self._slots)
         self._budget = budget
+        if self._legacy is not None:
+            self._legacy.slots_made(self._slots)
         self._provide(self._slots)
-        self._emit("staging.planned", slots=budget.slots, slot_bytes=budget.slot_bytes, cap_bytes=budget.cap_bytes)
+        self._outcomes.emit(
+            "staging.planned", slots=budget.slots, slot_bytes=budget.slot_bytes, cap_bytes=budget.cap_bytes
+        )
         if budget.slots == 0:
-            self._note(
+            self._outcomes.note(
                 f"one snapshot ({layout.total_bytes} bytes) does not fit under the staging cap ({budget.cap_bytes} bytes): "
                 "saves now stop the loop until they are durable. Raise staging_cap or give the machine more memory"
             )
         return budget
+
+    def _staging_cap_bytes(self, layout: Layout) -> int | None:
+        """What promotions need is part of the cap: two objects at once, or the whole state where that is less."""
+        cap_bytes = self._options.staging_cap_bytes
+        if cap_bytes is None or self._tiers is None:
+            return cap_bytes
+        return max(0, cap_bytes - min(PROMOTION_BYTES, layout.total_bytes))
 
     def _slot_for(self, handle: SaveHandle) -> Slot:
         """A free slot, or the one of a snapshot that still waits and is now history. With one slot, wait for the writer."""
@@ -300,12 +363,12 @@ class Saver:
                 self._give_back(self._held)
                 self._held = None
             if not self._free and self._waiting is not None:
-                self._waiting.handle.supersede(handle)
+                self._waiting.task.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
             self._condition.wait_for(lambda: bool(self._free))
             if self._waiting is not None:
-                self._waiting.handle.supersede(handle)
+                self._waiting.task.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
             return self._free.pop()
@@ -319,8 +382,8 @@ class Saver:
     def _stream(self, request: SaveRequest, layout: Layout, handle: SaveHandle, started_s: float) -> None:
         snapshot = stream(request.flat, layout, step=request.step, epoch=request.epoch, metadata=request.metadata)
         with self._condition:
-            self._enqueue(_Job(snapshot, handle, request, started_s, 0.0))
-        self.drain()
+            self._enqueue(_Job(snapshot, _task(request, handle, started_s, None)))
+        self._drain_snapshots()
         self.stall_s_of_last = self._clock.monotonic_s() - started_s
 
     # ---- the background thread
@@ -332,61 +395,66 @@ class Saver:
                 job, self._waiting = self._waiting, None
                 if job is None:
                     return
-                job.handle.state = SaveState.WRITING
+                job.task.handle.state = SaveState.WRITING
                 self._writing = job
             try:
                 self._process(job)
-            except Exception as error:
-                # The checkpoint is committed; what failed is telling others about it. The thread must live on.
-                self._note(f"after the save of step {job.request.step}: {type(error).__name__}: {error}")
             finally:
                 with self._condition:
                     self._writing = None
                     self._give_back(job)
 
     def _process(self, job: _Job) -> None:
+        task = job.task
         try:
-            ref, written = self._committer.commit(job.snapshot, finish=job.request.finish)
+            self._describe(job.snapshot)
+            if self._tiers is not None:
+                staged = self._tiers.stage(job.snapshot)
+                if staged is not None:
+                    self._hand_over(task, staged)
+                    return
+                self._tiers.stand_aside(task)
+            done = self._committer.commit(job.snapshot, finish=task.finish)
         except BaseException as error:
-            self._failed(job, error)
+            self._outcomes.failed(task, error)
             return
-        self.durable_s_of_last = self._clock.monotonic_s() - job.taken_s
-        with self._condition:
-            self._failures = []
-        job.handle.finish(SaveState.COMMITTED, checkpoint=ref)
-        self._emit(
-            "save.committed",
-            step=ref.step, epoch=ref.epoch, checkpoint=ref.name, reason=job.request.reason,
-            stall_s=self.durable_s_of_last if job.snapshot.slot is None else job.stall_s,
-            durable_s=self.durable_s_of_last, total_bytes=written.total_bytes, sent_bytes=written.sent_bytes,
-            deduplicated_bytes=written.deduplicated_bytes,
-        )  # fmt: skip
-        self._committed(ref)
+        if self._tiers is not None:
+            self._tiers.overtaken()
+        self._outcomes.committed(task, done)
         self._sweep()
 
-    def _failed(self, job: _Job, error: BaseException) -> None:
-        wrapped = error
-        if not isinstance(error, SaveError | Fenced):
-            wrapped = SaveError(f"the save of step {job.request.step} failed: {error}")
-            wrapped.__cause__ = error
-        with self._condition:
-            self._failures.append(wrapped)
-            self._unreported.append(f"{wrapped}. The run goes on; the checkpoint before it still stands")
-        self._emit("save.failed", step=job.request.step, reason=job.request.reason, error=str(wrapped))
-        job.handle.finish(SaveState.FAILED, error=wrapped)
+    def _describe(self, snapshot: Snapshot) -> None:
+        """For whoever comes after us, should this process die before the snapshot is committed."""
+        if self._legacy is not None:
+            snapshot.complete()
+            self._legacy.complete(snapshot)
+
+    def _hand_over(self, task: SaveTask, staged: Staged) -> None:
+        assert self._tiers is not None
+        if task.stall_s is None:
+            task = replace(task, stall_s=self._clock.monotonic_s() - task.taken_s)
+        self._outcomes.staged(task, staged, counts=self._tiers.tier.outlives)
+        self._tiers.promote(Promotion(staged, task))
+
+    def _promoted(self, task: SaveTask, outcome: Committed | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self._outcomes.failed(task, outcome)
+        else:
+            self._outcomes.committed(task, outcome)
+            self._sweep()
 
     def _sweep(self) -> None:
         try:
             deleted = self._committer.sweep()
         except HoldfastError as error:
-            self._emit("sweep.failed", error=str(error))
+            self._outcomes.emit("sweep.failed", error=str(error))
             return
         if deleted:
-            self._emit("sweep.deleted", objects=len(deleted))
+            self._outcomes.emit("sweep.deleted", objects=len(deleted))
 
-    def _note(self, message: str) -> None:
-        with self._condition:
-            self._unreported.append(message)
 
-    def _emit(self, name: str, **fields: Any) -> None:
-        self._sink.emit(Event(name, self._clock.unix_s(), fields))
+def _task(request: SaveRequest, handle: SaveHandle, taken_s: float, stall_s: float | None) -> SaveTask:
+    """The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits."""
+    return SaveTask(
+        handle=handle, step=request.step, reason=request.reason, finish=request.finish, taken_s=taken_s, stall_s=stall_s
+    )

@@ -14,10 +14,13 @@ from typing import Any
 from holdfast.checkpoint.arrays import ArraySpec, Copy
 from holdfast.checkpoint.staging import Slot
 from holdfast.checkpoint.tree import FlatTree, Leaf
+from holdfast.store.base import PAGE_BYTES
 
-__all__ = ["Layout", "Snapshot", "lay_out", "stage", "stream"]
+__all__ = ["PAGED_FROM_BYTES", "Layout", "Snapshot", "lay_out", "stage", "stream"]
 
 _ALIGN_BYTES = 16  # the widest element (complex128), so that every array can be viewed in place
+PAGED_FROM_BYTES = 64 << 10
+"""Arrays from this size on begin on a page, so that a disk can take them from there directly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,11 @@ def lay_out(flat: FlatTree, previous: Layout | None = None) -> Layout:
         return previous
     offsets, position = [], 0
     for spec in specs:
-        position = -(-position // _ALIGN_BYTES) * _ALIGN_BYTES
+        nbytes = spec.nbytes
+        align = PAGE_BYTES if nbytes >= PAGED_FROM_BYTES else _ALIGN_BYTES
+        position = -(-position // align) * align
         offsets.append(position)
-        position += spec.nbytes
+        position += nbytes
     return Layout(specs, tuple(offsets), position)
 
 
@@ -65,6 +70,10 @@ class Snapshot:
         for copy in self.copies:
             copy.wait()
 
+    def hashes(self, index: int, start: int, length: int) -> bytes:
+        """The block hashes of those bytes where they are known without reading them, else b"". A copy knows none."""
+        return b""
+
     def read(self, index: int, start: int, length: int) -> memoryview:
         """Bytes [start, start + length) of array number `index`."""
         if self.slot is not None:
@@ -82,7 +91,7 @@ def stage(
     step: int,
     epoch: int,
     metadata: dict[str, Any],
-    deferrable: Callable[[Leaf], bool],
+    deferrable: Callable[[Leaf], bool] | None,
 ) -> Snapshot:
     """Copy every array into `slot`. With CUDA the copy may still run when this returns: see `Snapshot.release`.
 
@@ -97,7 +106,8 @@ def stage(
         leaves = [flat.leaves[index] for index in indices]
         if slot.unpin is None:
             slot.unpin = leaves[0].adapter.pin([leaf.value for leaf in leaves], slot.address, slot.size_bytes)
-        values, later = [leaf.value for leaf in leaves], [deferrable(leaf) for leaf in leaves]
+        values = [leaf.value for leaf in leaves]
+        later = [deferrable(leaf) for leaf in leaves] if deferrable else [False] * len(leaves)
         copies.append(leaves[0].adapter.copy(values, [targets[index] for index in indices], later))
     return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies)
 

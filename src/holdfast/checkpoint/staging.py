@@ -134,11 +134,16 @@ class Slot:
     Ownership: whoever took it from the saver fills or reads it; nobody else touches it meanwhile.
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, descriptor: int | None = None) -> None:
+        """`descriptor`: memory that another process has made, and that is this slot's to close from now on."""
         self.size_bytes = size_bytes
-        self._descriptor = os.memfd_create("holdfast-staging", os.MFD_CLOEXEC)
+        made = descriptor is None
+        self._descriptor = os.memfd_create("holdfast-staging", os.MFD_CLOEXEC) if descriptor is None else descriptor
         try:
-            os.ftruncate(self._descriptor, size_bytes)
+            if made:
+                os.ftruncate(self._descriptor, size_bytes)
+            elif os.fstat(self._descriptor).st_size < size_bytes:
+                raise UsageError(f"the memory handed over is smaller than the {size_bytes} bytes announced")
             self._mapping = mmap.mmap(self._descriptor, size_bytes, flags=mmap.MAP_SHARED)
         except BaseException:
             os.close(self._descriptor)
@@ -149,6 +154,11 @@ class Slot:
         self.targets: list[Any] = []
         self.unpin: Callable[[], None] | None = None
         """Undoes what page-locks the memory for a device, once something has."""
+
+    @property
+    def descriptor(self) -> int:
+        """Of the memory, for another process to map; closed with the slot."""
+        return self._descriptor
 
     @property
     def address(self) -> int:

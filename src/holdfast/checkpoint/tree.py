@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import gc
 import json
 import math
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from holdfast.checkpoint.arrays import DTYPE_BYTES, ArrayAdapter, ArraySpec, NumpyAdapter, adapter_for
+from holdfast.checkpoint.collector import collector_paused
 from holdfast.core.errors import FormatError, HoldfastError, UnsupportedState, UsageError
 
-__all__ = ["FlatTree", "Leaf", "collector_paused", "decode_document", "flatten", "register_codec", "unflatten"]
+__all__ = ["FlatTree", "Leaf", "decode_document", "flatten", "register_codec", "unflatten"]
 
 _EXACT_INT = 2**53
 _MAX_DIGITS = 4000
@@ -83,22 +83,12 @@ def register_codec(kind: type, name: str, encode: Callable[[Any], object], decod
 
 
 def _child(path: str, key: object) -> str:
-    component = str(key).replace("~", "~0").replace("/", "~1")
+    component = key if type(key) is str else str(key)
+    if "~" in component or "/" in component:
+        component = component.replace("~", "~0").replace("/", "~1")
     if not component.isascii():
         component = _SURROGATE.sub(lambda match: f"~{ord(match[0]):x}", component)
     return f"{path}/{component}" if path else component
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Thousands of small objects that stay would set off full collections, which cost more than all else that is done here."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _is_plain(text: str) -> bool:
@@ -113,7 +103,8 @@ def _base64(raw: bytes) -> str:
 class _Flattener:
     def __init__(self) -> None:
         self.leaves: list[Leaf] = []
-        self._by_identity: dict[tuple[object, ...], str] = {}
+        self._at: dict[int, list[Leaf]] = {}
+        """Leaves by address: only those that begin at the same one can be the same memory."""
         self._names: set[str] = set()
 
     def encode(self, value: Any, path: str, depth: int = 0) -> Any:
@@ -166,15 +157,24 @@ class _Flattener:
 
     def _encode_array(self, adapter: ArrayAdapter, value: Any, path: str) -> Any:
         spec = adapter.spec(path, value)
-        identity = adapter.identity(value)
-        name = self._by_identity.get(identity)
-        if name is None:
-            name = path if path not in self._names else self._free_name(path)
-            if name != path:
-                spec = spec._replace(name=name)
-            self._names.add(name)
-            self._by_identity[identity] = name
-            self.leaves.append(Leaf(name, value, adapter, spec))
+        address = adapter.address(value)
+        here = self._at.get(address) if address else None
+        if here is not None:
+            identity = adapter.identity(value)
+            for leaf in here:
+                if leaf.adapter is adapter and adapter.identity(leaf.value) == identity:
+                    return {"$": "array", "name": leaf.name, "of": adapter.library}
+        name = path
+        if path in self._names:
+            name = self._free_name(path)
+            spec = spec._replace(name=name)
+        leaf = Leaf(name, value, adapter, spec)
+        self._names.add(name)
+        self.leaves.append(leaf)
+        if here is not None:
+            here.append(leaf)
+        elif address:
+            self._at[address] = [leaf]
         return {"$": "array", "name": name, "of": adapter.library}
 
     def _free_name(self, path: str) -> str:
@@ -220,9 +220,7 @@ def flatten(tree: object) -> FlatTree:
     flattener = _Flattener()
     with collector_paused():
         document = flattener.encode(tree, "")
-    return FlatTree(
-        json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii"), tuple(flattener.leaves)
-    )
+    return FlatTree(msgspec.json.encode(document), tuple(flattener.leaves))
 
 
 def decode_document(document: bytes) -> Any:

@@ -13,9 +13,10 @@ from holdfast.core.config import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.runs.inspect import CheckpointDetails, RunListing
+    from holdfast.checkpoint.runs.unpin import PinLine
     from holdfast.checkpoint.runs.verify import VerifyReport
 
-__all__ = ["print_details", "print_json", "print_listing", "print_report", "print_table"]
+__all__ = ["print_details", "print_json", "print_listing", "print_pins", "print_report", "print_table"]
 
 _PLAIN_WIDTH = 200
 _SHOWN_ROWS = 40
@@ -69,6 +70,20 @@ def print_listing(listing: RunListing) -> None:
         typer.echo(f"{fork_line.target} refers to step {fork_line.step}.")
     for problem in listing.altered:
         typer.echo(f"ALTERED: {problem}")
+
+
+def print_pins(url: str, lines: Sequence[PinLine]) -> None:
+    if not lines:
+        typer.echo(f"{url}: no other run refers to this one.")
+        return
+    rows = [
+        [
+            line.target or "?", "?" if line.step is None else str(line.step),
+            "?" if line.age_s is None else f"{format_duration(line.age_s)} ago", line.state, line.pin,
+        ]
+        for line in lines
+    ]  # fmt: skip
+    print_table(["TARGET", ">STEP", ">SAVED", "STATE", "PIN"], rows)
 
 
 def print_details(details: CheckpointDetails) -> None:

@@ -6,14 +6,15 @@ standard error. Nothing that takes something away happens before a yes.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from holdfast.cli.checkpoint_exchange import export_command, import_command
+from holdfast.cli.checkpoint_pins import unpin_command
+from holdfast.cli.checkpoint_promote import promote_command
 from holdfast.cli.checkpoint_tables import print_details, print_json, print_listing, print_report
-from holdfast.cli.terminal import STEP_HELP, Json, Url, opened_stores, progress_bar
+from holdfast.cli.terminal import STEP_HELP, DryRun, Json, Url, Yes, ask_first, opened_stores, progress_bar
 from holdfast.core.config import format_bytes
 from holdfast.core.errors import StoreError, UsageError
 
@@ -29,13 +30,10 @@ EXIT_UNKNOWN = 3
 """The store did not answer or did not allow it: nothing is known about the bytes."""
 
 checkpoints_app = typer.Typer(
-    help="Look at a run's checkpoints, verify them, go back to one, fork a run, export, import, remove.",
+    help="Look at a run's checkpoints, verify them, go back to one, fork a run, export, import, remove, unpin.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")]
 
 
 @checkpoints_app.command("ls")
@@ -165,7 +163,7 @@ def rollback(
         plan = plan_rollback(store, step)
         if not dry_run:
             _say(f"{plan.url}: back to {_named(plan.target)}. {_loss(plan)} {_FENCES}")
-            _ask(yes)
+            ask_first(yes)
         with progress_bar("Verifying") as progress:
             done = go_back(
                 store, step, open_home=open_home, clock=SystemClock(), tokens=random_token, dry_run=dry_run,
@@ -272,7 +270,7 @@ def rm(
             if outcome.forks:
                 _say(f"Forks refer to it: {', '.join(outcome.forks)}")
         if not dry_run:
-            _ask(yes)
+            ask_first(yes)
             if step is not None:
                 outcome = dropping.drop(store, step, open_home=open_home, clock=SystemClock(), tokens=random_token)
             else:
@@ -297,22 +295,13 @@ def rm(
 
 checkpoints_app.command("export")(export_command)
 checkpoints_app.command("import")(import_command)
+checkpoints_app.command("unpin")(unpin_command)
+checkpoints_app.command("promote")(promote_command)
 
 
 # ---- asking and telling
 
 _FENCES = "A trainer that is running on it stops at its next save."
-
-
-def _ask(yes: bool) -> None:
-    """Go on only after a yes. Where nobody can be asked, `--yes` must say it."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("this takes something away and there is no terminal to ask on; add --yes")
-    if not typer.confirm("Proceed?", default=False, err=True):
-        _say("Nothing was changed.")
-        raise typer.Exit(1)
 
 
 def _say(line: str) -> None:

@@ -9,14 +9,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.core.errors import UsageError
+
 if TYPE_CHECKING:
     from holdfast.store.base import Store
 
-__all__ = ["STEP_HELP", "Json", "Url", "opened_stores", "progress_bar"]
+__all__ = ["STEP_HELP", "DryRun", "Json", "Url", "Yes", "ask_first", "opened_stores", "progress_bar"]
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="The run: s3://bucket/runs/gpt, gs://…, az://…, ./runs/gpt")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")]
 STEP_HELP = 'A step, "latest", or the name of a checkpoint.'
+
+
+def ask_first(yes: bool) -> None:
+    """Go on only after a yes. Where nobody can be asked, `--yes` must say it."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("this takes something away and there is no terminal to ask on; add --yes")
+    if not typer.confirm("Proceed?", default=False, err=True):
+        typer.echo("Nothing was changed.", err=True)
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -12,22 +12,40 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 __all__ = [
+    "CONTROL_SOCKET",
     "ENV_ATTEMPT",
     "ENV_CONTROL",
     "ENV_FRESH",
+    "ENV_MACHINE",
+    "ENV_MACHINE_STARTED",
+    "ENV_MARKET",
+    "ENV_NOTICE",
     "ENV_PREVIOUS_STEP",
+    "ENV_PRICE",
+    "ENV_PRICE_ON_DEMAND",
     "ENV_RUN",
     "EXIT_DONE",
     "EXIT_FENCED",
+    "EXIT_INFRASTRUCTURE",
     "EXIT_INTERRUPTED",
+    "EXIT_LIMIT",
     "EXIT_NO_PROGRESS",
     "EXIT_PREEMPTED",
     "EXIT_USAGE",
+    "NoticeWord",
     "Phase",
     "Progress",
     "ProgressPage",
+    "ReadyWord",
+    "SlotsWord",
+    "Word",
+    "decode_words",
+    "encode_word",
 ]
 
 ENV_RUN = "HOLDFAST_RUN"
@@ -43,17 +61,82 @@ ENV_PREVIOUS_STEP = "HOLDFAST_PREVIOUS_STEP"
 """Set by the agent once an attempt has claimed the run: the last step that the newest such attempt is known to have completed
 (-1 if none), read from its progress page after it ended. So a start with this variable is never fresh."""
 
+ENV_PRICE = "HOLDFAST_PRICE_PER_HOUR"
+"""What this machine costs, in dollars per hour, where the launcher knows it."""
+ENV_PRICE_ON_DEMAND = "HOLDFAST_ON_DEMAND_PRICE_PER_HOUR"
+"""What the same machine would cost on demand, in dollars per hour; what is saved is measured against it."""
+ENV_MACHINE = "HOLDFAST_MACHINE"
+"""The provider's name of this machine, where the launcher knows it."""
+ENV_MACHINE_STARTED = "HOLDFAST_MACHINE_STARTED"
+"""Since when this machine is billed, in seconds since 1970-01-01 UTC, where the launcher knows it."""
+ENV_MARKET = "HOLDFAST_MARKET"
+"""`spot`, `on-demand` or `reserved`, where the launcher knows it."""
+
 EXIT_DONE = 0
 EXIT_USAGE = 2
 """A wrong argument, or a run that is not what the caller thinks: starting it again would fail again."""
+EXIT_INFRASTRUCTURE = 69
+"""EX_UNAVAILABLE: the machine cannot do the work (no GPU, a lost GPU); it says nothing about the command. Start it elsewhere."""
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: capacity was taken away, the state is saved, start me again. Not 137 or 143, which are ambiguous."""
 EXIT_FENCED = 76
 """EX_PROTOCOL: another attempt owns the run; do not start me again."""
 EXIT_NO_PROGRESS = 77
 """Two attempts in a row reached no new checkpoint; a person must look."""
+EXIT_LIMIT = 78
+"""The time or the money that the machine was given is used up; start again only with a new limit."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 + SIGINT, as shells report it."""
+
+
+CONTROL_SOCKET = "control.sock"
+"""In the control folder: agent and trainer send each other words, one JSON object a line."""
+ENV_NOTICE = "HOLDFAST_NOTICE"
+"""Where notices are listened for when nobody says otherwise: `auto`, `none`, or names as `holdfast notices` knows them."""
+
+
+class NoticeWord(msgspec.Struct, tag="notice", frozen=True, kw_only=True):
+    """Agent to trainer: what the machine has been told. The fields are those of `holdfast.notice.Notice`."""
+
+    kind: str
+    deadline_unix_s: float | None
+    source: str
+    id: str
+    heard_unix_s: float
+    assumed: bool = False
+    evidence: dict[str, Any] = {}
+
+
+class ReadyWord(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """Trainer to agent: what could be made durable because of this notice is durable; the machine may go."""
+
+    notice_id: str
+
+
+class SlotsWord(msgspec.Struct, tag="slots", frozen=True, kw_only=True):
+    """Trainer to agent: the staging memory is made anew; one descriptor for each size comes along. What came before is void."""
+
+    sizes_bytes: list[int]
+
+
+Word = NoticeWord | ReadyWord | SlotsWord
+_WORDS: msgspec.json.Decoder[Word] = msgspec.json.Decoder(Word)
+
+
+def encode_word(word: Word) -> bytes:
+    return msgspec.json.encode(word) + b"\n"
+
+
+def decode_words(data: bytes) -> tuple[list[Word], bytes]:
+    """The complete words in `data`, and the rest. A word that is not understood is left out: the other side may be newer."""
+    *lines, rest = data.split(b"\n")
+    words: list[Word] = []
+    for line in lines:
+        try:
+            words.append(_WORDS.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+    return words, rest
 
 
 class Phase(IntEnum):
@@ -125,6 +208,14 @@ class ProgressPage:
         if magic != _MAGIC or attempt == 0:
             return None
         return Progress(attempt, step, restored, committed, Phase(phase))
+
+    def phase(self) -> Phase | None:
+        """What a trainer has entered, before its claim too; STARTING until one has entered anything, None for nonsense."""
+        magic, *_, phase = _LAYOUT.unpack_from(self._memory, 0)
+        try:
+            return Phase(phase) if magic == _MAGIC else None
+        except ValueError:
+            return None
 
     def close(self) -> None:
         self._memory.close()

@@ -12,7 +12,11 @@ from typing import NamedTuple, Protocol
 
 from holdfast.core.errors import UsageError
 
-__all__ = ["Body", "Entry", "Store", "check_key", "check_prefix", "flat_buffers", "is_key"]
+__all__ = ["PAGE_BYTES", "Body", "Entry", "Store", "check_key", "check_prefix", "flat_buffers", "is_key"]
+
+PAGE_BYTES = 4096
+"""Bodies that begin with large buffers on page boundaries, of whole pages, are what a disk takes fastest: a multiple of every
+disk's block."""
 
 Body = memoryview | bytes | Sequence[memoryview | bytes]
 """What `put` takes: one buffer, or several that become one object."""
@@ -73,6 +77,12 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """The URL without credentials; safe to log."""
+        ...
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a request is only work for this machine (a disk, memory): then a thread for each CPU and small requests are
+        fastest. Over a network a request mostly waits: then many at once, and large ones."""
         ...
 
     def put(self, key: str, body: memoryview | bytes | Sequence[memoryview | bytes]) -> None:

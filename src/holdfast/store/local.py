@@ -70,6 +70,10 @@ class LocalStore:
     def url(self) -> str:
         return "file://" + quote(str(self.root))
 
+    @property
+    def is_near(self) -> bool:
+        return True
+
     def put(self, key: str, body: Body) -> None:
         buffers = flat_buffers(body)
         self._write(key, lambda folder, name: self._replace(folder, name, buffers))

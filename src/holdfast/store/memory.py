@@ -39,6 +39,10 @@ class MemoryStore:
     def url(self) -> str:
         return self._url
 
+    @property
+    def is_near(self) -> bool:
+        return True
+
     def put(self, key: str, body: Body) -> None:
         copied = b"".join(flat_buffers(body))
         with self._contents.lock:

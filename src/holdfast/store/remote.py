@@ -107,6 +107,10 @@ class ObjectStore:
     def url(self) -> str:
         return self._url
 
+    @property
+    def is_near(self) -> bool:
+        return False
+
     def put(self, key: str, body: Body) -> None:
         with self._translated("writing", check_key(key)):
             self._send(key, flat_buffers(body), "overwrite")

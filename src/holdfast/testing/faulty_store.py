@@ -172,6 +172,10 @@ class FaultyStore:
         return self._inner.url
 
     @property
+    def is_near(self) -> bool:
+        return self._inner.is_near
+
+    @property
     def pending(self) -> Sequence[Operation]:
         """Writes that have failed for the caller and may still land, oldest first."""
         return [operation for operation, _ in self._pending]
@@ -305,6 +309,10 @@ class KillSwitch:
     @property
     def url(self) -> str:
         return self._inner.url
+
+    @property
+    def is_near(self) -> bool:
+        return self._inner.is_near
 
     def put(self, key: str, body: Body) -> None:
         self._around("put", lambda: self._inner.put(key, body))

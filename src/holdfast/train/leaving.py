@@ -10,6 +10,8 @@ from typing import NoReturn
 from holdfast.core.config import format_duration
 from holdfast.core.contract import Phase
 from holdfast.core.errors import Preempted
+from holdfast.ledger.doings import Doing
+from holdfast.train.emergency import Emergency
 from holdfast.train.place import Place
 from holdfast.train.record import Record
 from holdfast.train.saves import Saves
@@ -23,25 +25,37 @@ LEAVE_WITHIN_S = 120.0
 class Leaving:
     """Owned by the loop's thread."""
 
-    def __init__(self, place: Place, record: Record, signals: Signals) -> None:
-        self._place, self._record, self._signals = place, record, signals
+    def __init__(self, place: Place, record: Record, signals: Signals, emergency: Emergency) -> None:
+        self._place, self._record, self._signals, self._emergency = place, record, signals, emergency
 
     def with_live_state(self, saves: Saves) -> NoReturn:
-        """At a boundary: save what is new, wait until it is durable, leave."""
-        self._record.entered(Phase.LEAVING)
-        self._depart(saves, saves.leave_with_live(LEAVE_WITHIN_S))
+        """At a boundary: save what is new (where that still fits), wait until what is under way is durable, leave."""
+        within_s = self._begin()
+        how = saves.leave_as_it_is if self._emergency.saves_nothing else saves.leave_with_live
+        self._depart(saves, how(within_s))
 
     def with_held_state(self, saves: Saves) -> NoReturn:
         """In code that is done again after the resume: save what was held before it, leave."""
+        self._depart(saves, saves.leave_with_held(self._begin()))
+
+    def _begin(self) -> float:
+        """Returns how many seconds there are."""
+        self._emergency.begin_to_leave()
         self._record.entered(Phase.LEAVING)
-        self._depart(saves, saves.leave_with_held(LEAVE_WITHIN_S))
+        self._record.stopwatch.enter(Doing.STALL)
+        within_s = self._emergency.within_s()
+        return LEAVE_WITHIN_S if within_s is None else within_s
 
     def _depart(self, saves: Saves, durable: bool) -> NoReturn:
         code, step = self._signals.leaving or 0, self._place.step
-        self._record.emit("attempt.leaving", step=step, code=code, drained=durable)
+        totals, noticed_s = self._record.stopwatch.totals(), self._signals.since_s()
+        self._record.emit(
+            "attempt.leaving", **totals, code=code, drained=durable, notice_to_durable_s=noticed_s if durable else None
+        )
         saves.stop_if_fenced()
         lost = "" if durable else "; the newest steps could NOT be saved and will be computed again"
         self._record.say(f"leaving at step {step} with exit code {code}{lost}; start the same command again to go on")
+        self._emergency.left()
         raise Preempted(code) from None
 
     def finish(self, saves: Saves) -> None:
@@ -49,7 +63,8 @@ class Leaving:
 
         Raises SaveError when the last checkpoint cannot be made: the run is then not finished.
         """
+        self._record.stopwatch.enter(Doing.STALL)
         ref = saves.save("finished", finish=True).wait()
         self._record.entered(Phase.FINISHED)
         self._record.say(f"finished at step {ref.step} after {format_duration(saves.elapsed_s)}")
-        self._record.emit("attempt.finished", step=ref.step)
+        self._record.emit("attempt.finished", **self._record.stopwatch.totals())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median, pstdev
 
 from holdfast.core.clock import Clock
 from holdfast.policy.interval import (
@@ -20,11 +20,13 @@ from holdfast.policy.interval import (
     due,
     max_lost_work_s,
 )
+from holdfast.policy.spread import Spread
 
 __all__ = ["CostMeter", "Pacing"]
 
 _FIRST_GUESS_S = 1.0
 """What a save is taken to cost before one has been measured."""
+_FEW = 3
 
 
 class CostMeter:
@@ -32,10 +34,12 @@ class CostMeter:
 
     def __init__(self) -> None:
         self._stalls_s: deque[float] = deque(maxlen=9)
+        self._steps_s: deque[float] = deque(maxlen=32)
         self._quiet_s, self._quiet_steps = 0.0, 0
         self._busy_s, self._busy_steps, self._saves = 0.0, 0, 0
 
     def stepped(self, seconds: float, busy: bool) -> None:
+        self._steps_s.append(seconds)
         if busy:
             self._busy_s += seconds
             self._busy_steps += 1
@@ -46,6 +50,13 @@ class CostMeter:
     def saved(self, stall_s: float) -> None:
         self._stalls_s.append(stall_s)
         self._saves += 1
+
+    def step_time(self) -> Spread | None:
+        """Seconds per step and how they scatter, from this attempt's own; None before a few of them."""
+        if len(self._steps_s) < _FEW:
+            return None
+        average_s = fmean(self._steps_s)
+        return Spread(average_s, pstdev(self._steps_s) / average_s) if average_s > 0 else None
 
     @property
     def cost_s(self) -> float:
@@ -92,6 +103,11 @@ class Pacing:
         self._boundary_s = now_s
         state = LoopState(step, step - self._saved_step, now_s - self._saved_s, epoch_ended)
         return due(self._triggers, state, self.decision.interval_s)
+
+    @property
+    def began_at(self) -> int:
+        """The step that this attempt began with."""
+        return self._started_step
 
     def unsaved_steps(self, step: int) -> int:
         return step - self._saved_step

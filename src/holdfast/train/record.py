@@ -6,6 +6,7 @@ dropped.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,17 @@ from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_CONTROL, Phase, ProgressPage
 from holdfast.core.errors import HoldfastWarning
 from holdfast.core.events import Event
+from holdfast.core.stacks import offer_stacks
 from holdfast.ledger.append import Ledger
 from holdfast.store.base import Store
+from holdfast.train.machine import describe_machine
 from holdfast.train.metrics import Logger, Metrics
+from holdfast.train.stopwatch import Stopwatch, attempt_age_s
 
 __all__ = ["Record", "warn_user"]
 
+_PROGRESS_EVERY_S = 30.0
+"""Between two records of where the time went: what an attempt that dies without a word leaves unknown."""
 _NOT_THE_USER = ("holdfast.", "contextlib", "torch.utils.data", "torchdata.")
 
 
@@ -34,24 +40,42 @@ class Record:
         self._page: ProgressPage | None = None
         self._metrics: Metrics | None = None
         self._warned: set[str] = set()
+        self._told_s = clock.monotonic_s()
+        self.stopwatch = Stopwatch(clock, attempt_age_s(clock))
         self.ledger: Ledger | None = None
 
     def meet_agent(self, environ: Mapping[str, str]) -> None:
         """Open the progress page where an agent watches this process."""
         if environ.get(ENV_CONTROL):
             self._page = ProgressPage(Path(environ[ENV_CONTROL]))
+            offer_stacks(Path(environ[ENV_CONTROL]))
 
-    def open(self, store: Store, attempt: int) -> Ledger:
+    def open(self, store: Store, attempt: int, generation: int) -> Ledger:
         """Begin the record of a claimed attempt."""
         if self._page is not None:
             self._page.claimed(attempt)
-        self.ledger = Ledger(store, attempt=attempt, node="0", clock=self._clock)
+        self._told_s = self._clock.monotonic_s()
+        self.ledger = Ledger(store, attempt=attempt, node="0", clock=self._clock, pulse=self._pulse)
+        machine, totals = describe_machine(os.environ), self.stopwatch.totals()
+        self.emit("attempt.claimed", generation=generation, monotonic_s=self._told_s, **machine, **totals)
         self._metrics = Metrics(self.ledger, self._loggers, self._clock)
         return self.ledger
 
     def emit(self, name: str, **fields: Any) -> None:
         if self.ledger is not None:
             self.ledger.emit(Event(name, self._clock.unix_s(), fields))
+            if name.startswith("attempt."):
+                # An attempt that dies soon is to be seen as well.
+                self.ledger.nudge()
+
+    def progress(self, *, snapshot: bool) -> None:
+        """Record where the time went so far. `snapshot`: a copy of the state is being taken right now."""
+        self._told_s = self._clock.monotonic_s()
+        self.emit("progress", snapshot=snapshot, **self.stopwatch.totals())
+
+    def _pulse(self) -> None:
+        if self._clock.monotonic_s() - self._told_s >= _PROGRESS_EVERY_S:
+            self.progress(snapshot=False)
 
     def say(self, message: str) -> None:
         print(f"holdfast: {message}", file=sys.stderr, flush=True)
@@ -68,10 +92,12 @@ class Record:
             self._page.entered(phase)
 
     def restored(self, step: int) -> None:
+        self.stopwatch.begin_at(step)
         if self._page is not None:
             self._page.restored(step)
 
     def stepped(self, step: int) -> None:
+        self.stopwatch.stepped(step)
         if self._page is not None:
             self._page.stepped(step)
 

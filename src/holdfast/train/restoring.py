@@ -63,7 +63,9 @@ def read_tree(reader: CheckpointReader, pool: ThreadPoolExecutor, document: Any)
         return made[name]
 
     tree = unflatten(document, array)
-    reader.read([(_entry(reader, name), _memory(value)) for name, value in made.items() if _has_bytes(value)], pool)
+    reader.read(
+        [(_entry(reader, name), _memory(value)) for name, value in made.items() if _entry(reader, name).chunks], pool
+    )
     return tree
 
 
@@ -103,7 +105,7 @@ def load_checkpoint(
             plan.append((tracked, tree))
     if strict and differences:
         raise _mismatch(reader, differences)
-    wanted = [(item.entry, _memory(item.array)) for item in destinations.values() if _has_bytes(item.array)]
+    wanted = [(item.entry, _memory(item.array)) for item in destinations.values() if item.entry.chunks]
     reader.read(wanted, pool, progress)
     for item in destinations.values():
         for target in item.assign_to:
@@ -310,11 +312,6 @@ def _arrays(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
     elif isinstance(value, dict) and not path:
         for key, item in value.items():
             yield from _arrays(item, (*path, key))
-
-
-def _has_bytes(value: Any) -> bool:
-    adapter = adapter_for(value)
-    return adapter is not None and adapter.spec("", value).nbytes > 0
 
 
 def _memory(value: Any) -> memoryview:

@@ -16,13 +16,18 @@ from typing import Any, Literal, TypeVar
 
 from holdfast.checkpoint.retain import Keep
 from holdfast.checkpoint.saver import SaveHandle, SaverOptions
+from holdfast.checkpoint.tier import LocalTier
 from holdfast.core.clock import Clock, SystemClock
 from holdfast.core.config import Bytes, Duration, format_bytes, parse_bytes
 from holdfast.core.contract import ENV_CONTROL, EXIT_FENCED, Phase
 from holdfast.core.errors import Fenced, Preempted, UsageError
 from holdfast.core.ids import TokenSource, random_token
+from holdfast.ledger.doings import Doing
 from holdfast.policy.interval import SaveEvery, parse_max_lost_work, parse_save_every
 from holdfast.store.open import normalise_url, open_store
+from holdfast.train.base import choose_base
+from holdfast.train.emergency import Emergency
+from holdfast.train.hearing import Hearing
 from holdfast.train.leaving import LEAVE_WITHIN_S, Leaving
 from holdfast.train.metrics import Logger
 from holdfast.train.notes import remember
@@ -45,11 +50,15 @@ class Run:
 
     url: where the run's state lives (`s3://…`, `gs://…`, `az://…`, `file:///…`, `./…`); default: `$HOLDFAST_RUN`, else
         `./runs/<script>`.
+    base: another run, or one step of it (`"s3://bucket/runs/gpt@12000"`): tensors that are the same there are referred to and not
+        sent. Nothing is loaded from it. The base keeps that checkpoint's bytes for as long as this run's checkpoints need them.
     save_every: `"500 steps"`, `"10 min"`, `"epoch"`, `"auto"`, or several of them; a save at the end is always made.
     keep: how many of the newest checkpoints stay; None keeps all. `Keep(last=3, every="6 h", best="validation_loss")` also
         keeps one per so much time, and the best by a logged metric.
     max_lost_work: with `"auto"`, the most work that one preemption may cost: a time, or a share of the expected runtime (`"2 %"`).
     max_unsaved: how many saves in a row may fail with a warning; one more raises TooManyUnsaved.
+    local: a folder on a fast disk of this machine, or a `LocalTier`: checkpoints are written there first, which is quick, go on to
+        the URL in the background, and are restored from there when it has them. Only what is at the URL counts as saved.
     staging_cap: the most host memory for snapshots on this machine (`"8 GiB"`); default two snapshots or 40 % of what is free.
     config: plain values that tell this experiment from others; part of its identity, shown when they change.
     seed: of the data order and per-sample randomness; default torch's initial seed. A resumed run keeps its first one.
@@ -58,6 +67,8 @@ class Run:
     strict: False loads what fits and warns about the rest.
     hyperparameters: `"checkpoint"` resumes with the optimizer settings that were saved; `"script"` applies those settings that
         the script has changed since. Either way the changes are shown.
+    notice: where to listen for word that this machine is going (`"auto"`, `"aws"`, `"file:/path"`, `"none"`, …); default:
+        `$HOLDFAST_NOTICE`, else `"auto"`. Under `holdfast run` the agent listens.
     loggers: called with `(step, figures)` for every `log`, in order.
     store_options: the cloud client's own settings (endpoint, region, …).
 
@@ -68,10 +79,12 @@ class Run:
         self,
         url: str | os.PathLike[str] | None = None,
         *,
+        base: str | os.PathLike[str] | None = None,
         save_every: SaveEvery = "auto",
         keep: int | Keep | None = 3,
         max_lost_work: Duration = "10 min",
         max_unsaved: int = 3,
+        local: str | os.PathLike[str] | LocalTier | None = None,
         staging_cap: Bytes | None = None,
         config: Mapping[str, Any] | None = None,
         seed: int | None = None,
@@ -79,6 +92,7 @@ class Run:
         extend: bool = False,
         strict: bool = True,
         hyperparameters: Literal["checkpoint", "script"] = "checkpoint",
+        notice: str | None = None,
         loggers: Sequence[Logger] = (),
         store_options: Mapping[str, str] | None = None,
         clock: Clock | None = None,
@@ -100,8 +114,9 @@ class Run:
         clock = clock or SystemClock()
         self._tracker = Tracker()
         self._record = Record(clock, loggers)
-        self._signals = Signals(lambda: self._session.saves is not None and self._session.saves.may_copy())
+        self._signals = Signals(lambda: self._session.saves is not None and self._session.saves.may_copy(), clock)
         self._place = Place(seed=seed, strict=strict, warn=self._record.warn)
+        self._hearing = Hearing(notice, clock, self._record.emit, self._record.say)
         self._session = Session(
             SessionOptions(
                 url=self._url,
@@ -112,16 +127,20 @@ class Run:
                 triggers=parse_save_every(save_every),
                 bound=parse_max_lost_work(max_lost_work),
                 saver=saver_options,
+                base=None if base is None else choose_base(os.fspath(base), self._url),
+                local=local if local is None or isinstance(local, LocalTier) else LocalTier(local),
             ),
             tracker=self._tracker,
             place=self._place,
             settings=Settings(plain_config(config), hyperparameters),
             record=self._record,
             open_store=lambda where: open_store(where, options=store_options),
+            legacy=self._hearing.legacy,
             clock=clock,
             tokens=tokens,
         )
-        self._leaving = Leaving(self._place, self._record, self._signals)
+        self._emergency = Emergency(clock, self._record, self._signals, self._place, self._hearing.acknowledge)
+        self._leaving = Leaving(self._place, self._record, self._signals, self._emergency)
         self._closed = False
         self._broken: str | None = None
 
@@ -186,7 +205,7 @@ class Run:
         """Claim the run and make every tracked object equal to its newest checkpoint that verifies. Implied by the first loop.
 
         Returns True when there was a checkpoint. Raises TrackedStateMismatch (nothing has changed then), RestoreError,
-        DifferentRun, RunRemoved, and what the store raises.
+        DifferentRun, RunRemoved, UsageError for a base that is not there, and what the store raises.
         """
         if self._broken:
             raise UsageError(self._broken)
@@ -199,10 +218,16 @@ class Run:
         self._signals.install()
         try:
             self._record.meet_agent(os.environ)
+            self._hearing.start(os.environ, self._emergency.heard)
             self._record.entered(Phase.RESTORING)
+            self._record.stopwatch.enter(Doing.RESTORE)
             self._session.open()
+            if self._session.saves is not None:
+                self._emergency.attend(self._session.saves)
+            self._record.stopwatch.enter(Doing.PREPARATION)
         except BaseException as error:
             self._broken = f"restore() failed ({type(error).__name__}), so this run cannot go on; that error says why"
+            self._tell_end(error)
             self.close(wait=False)
             raise
         return self._session.restored
@@ -214,6 +239,7 @@ class Run:
         if self._opened().lineage is None:
             return
         token = self._place.enter_epochs(total)
+        before = self._record.stopwatch.enter(Doing.STEP)
         try:
             while self._place.position.epoch < total:
                 yield self._place.begin_epoch()
@@ -221,6 +247,7 @@ class Run:
                 self._place.end_epoch()
                 self._boundary(epoch_ended=True)
         finally:
+            self._record.stopwatch.enter(before)
             self._place.leave_epochs(token)
 
     def batches(self, loader: Iterable[Batch], *, epochs: int | None = None) -> Iterator[Batch]:
@@ -247,9 +274,10 @@ class Run:
         # What is only held in memory was for leaving during the code between two loops.
         saves.drop_held()
         can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting else None
-        stream = place.rest()
+        stream, stopwatch = place.rest(), self._record.stopwatch
         try:
             while True:
+                stopwatch.enter(Doing.DATA)
                 try:
                     self._signals.region = can_stop
                     batch = next(stream, _END)
@@ -258,6 +286,7 @@ class Run:
                     self._leaving.with_live_state(saves)
                 if batch is _END:
                     break
+                stopwatch.enter(Doing.STEP)
                 place.batch_begins()
                 gate.begin_iteration()
                 yield batch  # type: ignore[misc]
@@ -267,6 +296,8 @@ class Run:
                 self._boundary()
         finally:
             self._signals.region = None
+            # Around this loop is one over epochs.
+            stopwatch.enter(Doing.STEP)
             place.leave_loop(token, counts=gate.any_stepped)
         if nested:
             saves.hold()
@@ -279,6 +310,8 @@ class Run:
             return
         self._record.stepped(self._place.step)
         saves.check()
+        if self._emergency.stands and self._signals.leaving is None:
+            self._emergency.boundary(saves)
         if self._signals.leaving is None:
             saves.boundary(epoch_ended=epoch_ended)
         elif saves.may_copy():
@@ -312,6 +345,7 @@ class Run:
         self._record.entered(Phase.EVALUATING)
         if saves is not None and not place.in_iteration:
             saves.hold()
+        before = self._record.stopwatch.enter(Doing.EVALUATION)
         try:
             # After a `break` nothing is held: it cannot be told from an exception, which must not make a checkpoint.
             self._signals.region = "evaluating" if saves is not None and not place.in_batch and not place.cut else None
@@ -324,6 +358,7 @@ class Run:
                 self._leaving.with_held_state(saves)
         finally:
             self._signals.region = None
+            self._record.stopwatch.enter(before)
             self._record.entered(Phase.FINISHED if saves is None else Phase.TRAINING)
 
     @contextmanager
@@ -364,8 +399,8 @@ class Run:
             if error is None and self._session.saves is not None and not self._closed and self._place.has_looped:
                 self._place.leave_open_loop(counts=self._session.gate.any_stepped)
                 self._leaving.finish(self._session.saves)
-            elif error is not None and not isinstance(error, Preempted | Fenced):
-                self._record.emit("attempt.failed", step=self._place.step, error=f"{type(error).__name__}: {error}")
+            elif error is not None and not isinstance(error, Preempted):
+                self._tell_end(error)
         finally:
             self.close(wait=not isinstance(error, KeyboardInterrupt | Fenced))
         if isinstance(error, Fenced) and ENV_CONTROL in os.environ:
@@ -379,10 +414,16 @@ class Run:
         self._closed = True
         with ExitStack() as ending:
             ending.callback(self._signals.remove)
+            ending.callback(self._hearing.close)
+            ending.callback(self._emergency.close)
             ending.callback(self._record.close, wait=wait)
             ending.callback(self._session.close, LEAVE_WITHIN_S if wait else 0.0)
 
     # ---- internals
+
+    def _tell_end(self, error: BaseException) -> None:
+        name = "attempt.fenced" if isinstance(error, Fenced) else "attempt.failed"
+        self._record.emit(name, **self._record.stopwatch.totals(), error=f"{type(error).__name__}: {error}")
 
     def _opened(self) -> Claim:
         """The claim; the first that needs it restores."""

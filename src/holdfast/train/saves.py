@@ -11,9 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef
-from holdfast.checkpoint.saver import SaveHandle, Saver, SaveRequest, SaveState
+from holdfast.checkpoint.outcomes import Sent
+from holdfast.checkpoint.saver import SaveHandle, Saver, SaveRequest, SaveState, SaveUnderWay
 from holdfast.core.errors import Fenced, SaveError, UsageError
+from holdfast.ledger.doings import Doing
+from holdfast.policy.spread import Spread
 from holdfast.train.boundary import StepGate
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
@@ -69,7 +73,8 @@ class Saves:
         if not self._is_prepared and self._gate.any_stepped:
             # From the first step of an optimizer on, the state has its full size.
             self._is_prepared = True
-            self._saver.prepare(self._capture("preparing", False).flat)
+            with self._record.stopwatch.during(Doing.STALL):
+                self._saver.prepare(self._capture("preparing", False).flat)
         due = self._pacing.boundary(step, epoch_ended=epoch_ended, busy=self._saver.busy)
         reason = self._put_off or due or ("asked for" if self._asked is not None else None)
         if reason is not None:
@@ -97,13 +102,16 @@ class Saves:
 
     # ---- saving
 
+    @collector_paused()  # until the request is gone: its thousands of parts live no longer than this
     def save(self, reason: str, *, finish: bool = False) -> SaveHandle:
         """Snapshot the live state now."""
         asked, self._asked = self._asked, None
         if asked is not None:
             asked.is_made = True
         self._put_off = None
-        self._last = self._saver.save(self._capture(reason, finish), asked)
+        self._record.progress(snapshot=True)
+        with self._record.stopwatch.during(Doing.STALL):
+            self._last = self._saver.save(self._capture(reason, finish), asked)
         self._pacing.saved(self._place.step, self._saver.stall_s_of_last)
         self._pacing.decide(self._saver.durable_s_of_last, self._expected_runtime_s())
         return self._last
@@ -133,10 +141,13 @@ class Saves:
 
     # ---- between loops
 
+    @collector_paused()
     def hold(self) -> None:
         """Keep the state as it is now in memory, in case the code that follows is interrupted."""
         if self._has_unsaved() and self.may_copy():
-            self._saver.hold(self._capture("interrupted between loops", False))
+            self._record.progress(snapshot=True)
+            with self._record.stopwatch.during(Doing.STALL):
+                self._saver.hold(self._capture("interrupted between loops", False))
 
     def drop_held(self) -> None:
         self._saver.drop_held()
@@ -150,7 +161,46 @@ class Saves:
         finally:
             self._mutating -= 1
 
+    # ---- figures for a deadline
+
+    @property
+    def durable_step(self) -> int | None:
+        """The newest step that a commit of this attempt, or the one it resumed from, holds."""
+        mine = self._saver.durable_step
+        return self._pacing.began_at if mine is None else mine
+
+    @property
+    def snapshot_s(self) -> float:
+        """How long the newest copy of the state took."""
+        return self._saver.stall_s_of_last
+
+    def step_time(self) -> Spread | None:
+        return self._pacing.meter.step_time()
+
+    def sent(self) -> list[Sent]:
+        return self._saver.sent()
+
+    def under_way(self) -> SaveUnderWay | None:
+        return self._saver.under_way()
+
+    def held_step(self) -> int | None:
+        return self._saver.held_step()
+
+    def expected_send_bytes(self) -> int:
+        """What the next save has to send: as much as the last one, or everything."""
+        sent = self._saver.sent()
+        return sent[-1].sent_bytes if sent else self._saver.snapshot_bytes
+
     # ---- leaving
+
+    def leave_as_it_is(self, within_s: float) -> bool:
+        """Start nothing; wait for what is under way. False when something is lost."""
+        return self._settle(within_s)
+
+    def commit_held_from_outside(self, within_s: float) -> bool:
+        """From another thread than the loop's: make the newest snapshot in memory durable. False when it did not get there."""
+        self._saver.commit_held()
+        return self._saver.drain(within_s)
 
     def leave_with_held(self, within_s: float) -> bool:
         """Commit what was held. False when something is lost."""

@@ -8,19 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from holdfast.checkpoint.collector import collector_paused
+from holdfast.checkpoint.format import CheckpointRef, Head
+from holdfast.checkpoint.handover import Legacy
 from holdfast.checkpoint.heads import Lineage
-from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
+from holdfast.checkpoint.read import CheckpointReader, Fallback, read_threads, restore_newest
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
+from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
 from holdfast.core.ids import TokenSource
 from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
 from holdfast.store.base import Store
+from holdfast.train.base import Base, take_base
 from holdfast.train.boundary import StepGate
 from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
@@ -34,7 +39,8 @@ from holdfast.train.tracked import Tracker
 
 __all__ = ["Session", "SessionOptions"]
 
-_READ_THREADS = 8
+_IDLE_CLOSE_S = 5.0
+"""More than a saver without work takes to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,8 @@ class SessionOptions:
     triggers: tuple[Trigger, ...]
     bound: LostTime | LostShare
     saver: SaverOptions
+    base: Base | None = None
+    local: LocalTier | None = None
 
 
 class Session:
@@ -63,13 +71,17 @@ class Session:
         settings: Settings,
         record: Record,
         open_store: Callable[[str], Store],
+        legacy: Callable[[Store, Lineage], Legacy | None],
         clock: Clock,
         tokens: TokenSource,
     ) -> None:
         self._options, self._tracker, self._place, self._settings = options, tracker, place, settings
         self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
+        self._legacy = legacy
         self._stores: dict[str, Store] = {}
         self._saver: Saver | None = None
+        self._tier: Tier | None = None
+        self._first_save: Callable[[], None] = lambda: None
         self.claim: Claim | None = None
         self.restored = False
         self._is_imported = False
@@ -93,7 +105,10 @@ class Session:
         if self.saves is not None:
             self.saves.close(timeout_s)
         elif self._saver is not None:
-            self._saver.close(timeout_s=timeout_s)
+            # Nothing has been saved, so this takes no time; and the next Run of this process needs the lock on the disk.
+            self._saver.close(timeout_s=max(timeout_s, _IDLE_CLOSE_S))
+        elif self._tier is not None:
+            self._tier.close()
 
     # ---- opening
 
@@ -113,7 +128,15 @@ class Session:
         )
         self.claim = claim
         if claim.lineage is not None:
+            self._tier = self._hold_tier(claim)
             self._saver = self._start_saver(claim.lineage)
+            if options.base is not None:
+                # Before the restore, which may hand the lineage over to the saver's threads.
+                self._first_save = take_base(
+                    options.base, self.store, claim.lineage, self._saver, open_home=self.home, tokens=self._tokens,
+                    record=self._record,
+                )  # fmt: skip
+                claim = self.claim = replace(claim, head=claim.lineage.head)
         restored = self._load(claim)
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
@@ -130,11 +153,34 @@ class Session:
             open_home=self.home,
             clock=self._clock,
             tokens=self._tokens,
-            sink=self._record.open(self.store, lineage.head.attempt),
+            sink=self._record.open(self.store, lineage.head.attempt, lineage.head.generation),
             before_commit=self._record.flush,
-            committed=lambda ref: self._record.committed(ref.step),
+            committed=self._committed,
             figure=self._record.watch(self._options.saver.keep.best),
+            tier=self._tier,
+            legacy=self._legacy(self.store, lineage),
         )
+
+    def _hold_tier(self, claim: Claim) -> Tier | None:
+        """The machine's disk, if there is one to use. The run goes on without it."""
+        if self._options.local is None:
+            return None
+        tier = Tier(self._options.local, claim.record.run_id)
+        try:
+            if tier.hold():
+                return tier
+            self._record.warn(
+                f"{tier.folder} is in use by another process (or another Run) of this run: this one goes on without it"
+            )
+        except OSError as error:
+            self._record.warn(f"the local disk cannot be used, and the run goes on without it: {error}")
+        return None
+
+    def _committed(self, ref: CheckpointRef) -> None:
+        """In the thread that has committed."""
+        first_save, self._first_save = self._first_save, lambda: None
+        first_save()
+        self._record.committed(ref.step)
 
     def _start_saves(self, saver: Saver, claim: Claim) -> Saves:
         self.gate = StepGate(self._tracker.optimizers(), saver.release)
@@ -154,19 +200,36 @@ class Session:
         head = claim.head
         if head is None:
             return None
-        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="holdfast-read") as pool:
+        with ThreadPoolExecutor(read_threads(self.store), thread_name_prefix="holdfast-read") as pool:
 
+            @collector_paused()
             def load(reader: CheckpointReader) -> tuple[CheckpointReader, Loaded]:
                 return reader, load_checkpoint(reader, self._tracker, pool, strict=self._options.strict)
 
-            found = restore_newest(self.store, head, self.home, load, fell_back=self._fell_back)
+            found = self._load_staged(head, load) or restore_newest(
+                self.store, head, self.home, load, fell_back=self._fell_back,
+                near=None if self._tier is None else self._tier.store,
+            )  # fmt: skip
         if found is None:
             return None
         reader, loaded = found
-        self._adopt(reader, loaded)
+        self._adopt(reader, loaded, in_store=any(ref.name == reader.ref.name for ref in head.checkpoints))
         return reader
 
-    def _adopt(self, reader: CheckpointReader, loaded: Loaded) -> None:
+    def _load_staged(
+        self, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
+    ) -> tuple[CheckpointReader, Loaded] | None:
+        """From this machine's disk, if an attempt left something there that is newer than the store's newest checkpoint."""
+        if self._tier is None or self._saver is None:
+            return None
+        found = load_staged(self._tier, self.store, head, self.home, load, fell_back=self._fell_back)
+        if found is None:
+            return None
+        staged, result = found
+        self._saver.adopt(staged)
+        return result
+
+    def _adopt(self, reader: CheckpointReader, loaded: Loaded, *, in_store: bool) -> None:
         for line in loaded.skipped:
             self._record.warn(f"strict=False left this out: {line}")
         asked, place = self._place.seed, self._place
@@ -180,7 +243,7 @@ class Session:
             self._record.say(f"{self._options.url}: begins with imported weights{rest}")
         else:
             self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
-        if self._saver is not None:
+        if self._saver is not None and in_store:
             self._saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
             self._saver.roots.remember(reader.root)
 
@@ -200,9 +263,10 @@ class Session:
             record.entered(Phase.FINISHED)
             return
         previous = int(os.environ.get(ENV_PREVIOUS_STEP) or -1)
+        record.restored(step)
         record.emit(
             "attempt.started",
-            step=step,
+            **record.stopwatch.totals(),
             epoch=position.epoch,
             previous_step=previous,
             restored=restored.ref.name if restored else None,
@@ -212,7 +276,6 @@ class Session:
         where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if resumes else "starts"
         lost = f"; {_steps(previous - step)} computed again" if previous > step else ""
         record.say(f"{self._options.url}: attempt {claim.lineage.head.attempt} {where}{lost}")
-        record.restored(step)
         record.entered(Phase.TRAINING)
 
     # ---- saving
@@ -244,19 +307,20 @@ class Session:
             finish=finish,
         )
 
-    def _deferrable(self) -> Callable[[Leaf], bool]:
+    def _deferrable(self) -> Callable[[Leaf], bool] | None:
         """On CUDA, parameters and their state are written by optimizers only: their copy may overlap forward and backward."""
+        if not torch.cuda.is_available():
+            return None
         owned: set[int] = set()
-        if torch.cuda.is_available():
-            for optimizer in self._tracker.optimizers().values():
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        owned.add(parameter.data_ptr())
-                        owned.update(
-                            value.data_ptr()
-                            for value in optimizer.state.get(parameter, {}).values()
-                            if isinstance(value, torch.Tensor)
-                        )
+        for optimizer in self._tracker.optimizers().values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owned.add(parameter.data_ptr())
+                    owned.update(
+                        value.data_ptr()
+                        for value in optimizer.state.get(parameter, {}).values()
+                        if isinstance(value, torch.Tensor)
+                    )
         return lambda leaf: isinstance(leaf.value, torch.Tensor) and leaf.value.data_ptr() in owned
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal
 
+from holdfast.core.clock import Clock
 from holdfast.core.contract import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from holdfast.train.sample_seeds import IsolatedRandomness
 
@@ -37,8 +38,10 @@ class Signals:
     `may_copy`: whether the live state is at a boundary.
     """
 
-    def __init__(self, may_copy: Callable[[], bool]) -> None:
+    def __init__(self, may_copy: Callable[[], bool], clock: Clock) -> None:
         self.leaving: int | None = None
+        self._leaving_s: float | None = None
+        self._now_s = clock.monotonic_s
         self.region: Region | None = None
         self._may_copy = may_copy
         self._before: dict[signal.Signals, Any] = {}
@@ -55,6 +58,23 @@ class Signals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def leave(self, code: int) -> None:
+        """Wish to leave at the next boundary."""
+        if self.leaving is None:
+            self._leaving_s = self._now_s()
+            self.leaving = code
+
+    def interrupt(self) -> None:
+        """From any thread: leave now what can be given up. Only the loop's own thread can, so it gets a signal."""
+        self.leave(EXIT_PREEMPTED)
+        main = threading.main_thread().ident
+        if self._before and self.region is not None and main is not None:
+            signal.pthread_kill(main, signal.SIGTERM)
+
+    def since_s(self) -> float | None:
+        """How long ago the wish to leave came; None when there is none."""
+        return None if self._leaving_s is None else self._now_s() - self._leaving_s
+
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self._leave(EXIT_PREEMPTED, frame)
 
@@ -67,8 +87,7 @@ class Signals:
         self._leave(EXIT_INTERRUPTED, frame)
 
     def _leave(self, code: int, frame: FrameType | None) -> None:
-        if self.leaving is None:
-            self.leaving = code
+        self.leave(code)
         if self.region == "evaluating" or (self.region == "waiting" and self._may_stop_waiting(frame)):
             raise LeaveNow
 

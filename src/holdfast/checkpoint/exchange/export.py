@@ -21,7 +21,7 @@ from holdfast.checkpoint.exchange.note import FORMATS, NOTE_KEY, Format, Outgoin
 from holdfast.checkpoint.exchange.safetensors_file import encode_header, file_order
 from holdfast.checkpoint.format import ArrayEntry, CheckpointRef
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
+from holdfast.checkpoint.read import CheckpointReader, open_checkpoint, read_threads
 from holdfast.checkpoint.retain import StoreOpener
 from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.runs.verify import Progress
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "export_checkpoint", "torch_files"]
 
-_READ_THREADS = 8
 _WINDOW_BYTES = 64 << 20
 """How much of a state is in memory at once while it is streamed."""
 
@@ -84,7 +83,7 @@ def export_checkpoint(
         reader = open_checkpoint(store, ref, open_home)
         chosen = outgoing(reader, only, bare=bare)
         with (
-            ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="holdfast-read") as pool,
+            ThreadPoolExecutor(read_threads(store), thread_name_prefix="holdfast-read") as pool,
             _new_output(out, force=force, folder=format == "dcp", tokens=tokens) as temporary,
         ):
             if format == "safetensors":

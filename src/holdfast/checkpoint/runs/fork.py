@@ -1,14 +1,9 @@
 """A new run that begins with a checkpoint of another one: by reference (nothing is copied, the source keeps the bytes) or by copy.
 
-The order is what makes it safe against a source that trains, retains and sweeps at the same time:
+    the target claims, its head naming its pins → pins are put (pins.py) → the source still retains the checkpoint?
+    → the target's head names it
 
-    the target claims, its head naming its pins (the intent) → pins are put into every run that the bytes lie in
-    → the source's truth still retains the checkpoint? → the target's head names it
-
-A sweeper lists pins after its condemnation is confirmed and before it deletes, so either it sees the pin, or this fork sees that
-the checkpoint is gone and withdraws. A pin counts only while the target's newest head names it: whatever a crash leaves behind
-is collected after the target's next claim. A copy takes the same way, so that retention cannot take the source's bytes away
-under it; its last head just names no pins.
+A copy takes the same way, so that retention cannot take the source's bytes away under it; its last head just names no pins.
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ import msgspec
 
 from holdfast.checkpoint.format import (
     FORMAT_VERSION,
-    MAX_RECORD_BYTES,
     OBJECT_BYTES,
     ArrayEntry,
     CheckpointRef,
@@ -33,12 +27,10 @@ from holdfast.checkpoint.format import (
     Part,
     PartRef,
     Pin,
-    PinnedBy,
     Root,
     digest,
     encode_part,
     seal,
-    unseal,
 )
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import open_checkpoint
@@ -46,17 +38,23 @@ from holdfast.checkpoint.record import open_record
 from holdfast.checkpoint.retain import StoreOpener, root_key
 from holdfast.checkpoint.runs.begin import check_empty
 from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
+from holdfast.checkpoint.runs.pins import (
+    Origin,
+    are_out_of_reach,
+    confirm,
+    open_origin,
+    put_pin,
+    remove_pins,
+    withdraw,
+)
 from holdfast.checkpoint.runs.verify import Progress, Range, live_ranges, read_ranges
 from holdfast.core.clock import Clock
 from holdfast.core.errors import (
     FormatError,
-    HoldfastError,
     IntegrityError,
     NotFound,
     PermissionDenied,
-    RunConflict,
     RunRemoved,
-    StoreError,
     UsageError,
 )
 from holdfast.core.ids import TokenSource
@@ -66,7 +64,6 @@ __all__ = ["Forked", "Mode", "fork"]
 
 Mode = Literal["reference", "copy"]
 _COPY_THREADS = 2
-_LOCAL_SCHEMES = ("file", "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +77,6 @@ class Forked:
     checkpoint: CheckpointRef
     homes: tuple[str, ...]
     copied_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What is forked: the checkpoint as the source's head names it, and the runs its bytes lie in, each with the checkpoint there
-    that must be protected."""
-
-    store: Store
-    head: Head
-    ref: CheckpointRef
-    protect: dict[str, CheckpointRef]
 
 
 def fork(
@@ -120,23 +106,18 @@ def fork(
     lineage = _claim(target, origin, list(pins.values()), clock, tokens)
     try:
         for home, pin in pins.items():
-            _put_pin(
-                open_home(home),
-                pin,
-                PinnedBy(format=FORMAT_VERSION, target=target.url, checkpoint=origin.protect[home]),
-                mode,
-            )
-        _confirm(origin)
+            _put_pin(open_home(home), pin, target.url, origin.protect[home], mode)
+        confirm(source, origin.head, origin.ref)
         if mode == "copy":
             ref, copied_bytes = _copy(origin, target, lineage.head, open_home, tokens, progress)
         else:
             ref, copied_bytes = msgspec.structs.replace(origin.ref, home=origin.ref.home or source.url), 0
     except NotFound:
-        _withdraw(lineage, pins, open_home)
-        _confirm(origin)
+        withdraw(lineage, pins.values(), open_home)
+        confirm(source, origin.head, origin.ref)
         raise
     except BaseException:
-        _withdraw(lineage, pins, open_home)
+        withdraw(lineage, pins.values(), open_home)
         raise
     kept = [] if mode == "copy" else list(pins.values())
 
@@ -146,7 +127,7 @@ def fork(
 
     head = lineage.advance("fork", name_it)
     if mode == "copy":
-        _remove_pins(pins, open_home)
+        remove_pins(pins.values(), open_home)
     return Forked(
         source=source.url, target=target.url, mode=mode, checkpoint=head.checkpoints[0],
         homes=tuple(pin.home for pin in kept), copied_bytes=copied_bytes,
@@ -156,43 +137,21 @@ def fork(
 def _check_urls(source: str, target: str, mode: Mode) -> None:
     if source == target:
         raise UsageError(f"{source}: a run cannot be forked onto itself; name another URL")
-    kinds = [url.split("://", 1)[0] for url in (source, target)]
-    if mode == "reference" and kinds[0] != kinds[1] and any(kind in _LOCAL_SCHEMES for kind in kinds):
+    if mode == "reference" and are_out_of_reach(source, target):
         raise UsageError(
             f"{target} cannot refer to {source}: one of them is a folder that other machines do not see, and the source must be "
             "able to ask the fork what it still needs. Fork with a copy (--copy)"
         )
 
 
-def _origin(source: Store, step: str | int, open_home: StoreOpener) -> _Origin:
+def _origin(source: Store, step: str | int, open_home: StoreOpener) -> Origin:
     head = read_run(source).head
     if head.removed:
         raise RunRemoved(f"{source.url}: this run has been removed; there is nothing to fork")
-    ref = find_checkpoint(head, step, url=source.url)
-    origin = _Origin(source, head, ref, {})
-    try:
-        root = open_checkpoint(source, ref, open_home).root
-        for home in dict.fromkeys([ref.home or source.url, *root.homes]):
-            # Where the source itself only borrows, its own pin says which checkpoint there holds the bytes.
-            origin.protect[home] = ref if home == source.url else _pinned_there(head, home, open_home)
-    except NotFound:
-        _confirm(origin)
-        raise
-    return origin
+    return open_origin(source, head, find_checkpoint(head, step, url=source.url), open_home)
 
 
-def _pinned_there(head: Head, home: str, open_home: StoreOpener) -> CheckpointRef:
-    for pin in head.pins:
-        if pin.home == home:
-            key = _pin_key(pin)
-            what = f"{home}/{key}"
-            return unseal(open_home(home).get(key, max_bytes=MAX_RECORD_BYTES), PinnedBy, what=what).checkpoint
-    raise IntegrityError(
-        f"the source refers to objects in {home}, but its head names no pin there; they may be gone already"
-    )
-
-
-def _claim(target: Store, origin: _Origin, pins: list[Pin], clock: Clock, tokens: TokenSource) -> Lineage:
+def _claim(target: Store, origin: Origin, pins: list[Pin], clock: Clock, tokens: TokenSource) -> Lineage:
     """Own the target; its head names the pins before they exist."""
 
     def begin(body: Head) -> Head:
@@ -204,15 +163,9 @@ def _claim(target: Store, origin: _Origin, pins: list[Pin], clock: Clock, tokens
     return lineage
 
 
-def _pin_key(pin: Pin) -> str:
-    return f"pins/{pin.name}.json"
-
-
-def _put_pin(home: Store, pin: Pin, record: PinnedBy, mode: Mode) -> None:
-    key, data = _pin_key(pin), seal(record)
+def _put_pin(home: Store, pin: Pin, target: str, checkpoint: CheckpointRef, mode: Mode) -> None:
     try:
-        if not home.put_new(key, data) and home.get(key, max_bytes=MAX_RECORD_BYTES) != data:
-            raise RunConflict(f"{home.url}/{key}: another fork holds this name; try again")
+        put_pin(home, pin, target=target, checkpoint=checkpoint)
     except PermissionDenied as error:
         # A source that may only be read: a copy works without protection, and notices when retention is faster.
         if mode == "reference":
@@ -222,39 +175,11 @@ def _put_pin(home: Store, pin: Pin, record: PinnedBy, mode: Mode) -> None:
             ) from error
 
 
-def _confirm(origin: _Origin) -> None:
-    """The pins are in place; only a checkpoint that the source retains *now* is protected by them."""
-    head = read_truth(origin.store, origin.head.run_id).head
-    if head is None or head.removed or all(ref.name != origin.ref.name for ref in head.checkpoints):
-        raise RunConflict(
-            f"{origin.store.url}: the checkpoint of step {origin.ref.step} was dropped while it was being forked; "
-            "choose a newer one"
-        )
-
-
-def _withdraw(lineage: Lineage, pins: dict[str, Pin], open_home: StoreOpener) -> None:
-    """The fork did not come to be. What this cannot take back now is collected after the target's next claim."""
-    try:
-        lineage.advance("withdraw", lambda current: msgspec.structs.replace(current, pins=[]))
-    except HoldfastError:
-        return
-    _remove_pins(pins, open_home)
-
-
-def _remove_pins(pins: dict[str, Pin], open_home: StoreOpener) -> None:
-    """Only after a confirmed head has stopped naming them. One that stays is stale, and the next sweep there removes it."""
-    for home, pin in pins.items():
-        try:
-            open_home(home).delete(_pin_key(pin))
-        except StoreError:
-            continue
-
-
 # ---- copying
 
 
 def _copy(
-    origin: _Origin, target: Store, head: Head, open_home: StoreOpener, tokens: TokenSource, progress: Progress
+    origin: Origin, target: Store, head: Head, open_home: StoreOpener, tokens: TokenSource, progress: Progress
 ) -> tuple[CheckpointRef, int]:
     """The checkpoint under new names in the target, durable but not yet named by a head; and the bytes written."""
     reader = open_checkpoint(origin.store, origin.ref, open_home)

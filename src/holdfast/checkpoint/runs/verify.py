@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from holdfast.checkpoint.format import CHUNK_BYTES, CheckpointRef, Part
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.read import open_checkpoint, read_threads
 from holdfast.checkpoint.retain import StoreOpener, read_root, root_key
 from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.tree import decode_document
@@ -26,8 +26,6 @@ __all__ = ["CheckpointVerdict", "Problem", "Progress", "Range", "VerifyReport", 
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all), from the caller's thread."""
-
-_READ_THREADS = 4
 
 
 class Range(NamedTuple):
@@ -149,7 +147,7 @@ def verify(
             for place, ranges in _needed(ref, part).items():
                 home = store if place[0] is None else open_home(place[0])
                 objects.setdefault(place, _Object(home)).ranges.update(ranges)
-    read_bytes = _check_all(objects, progress)
+    read_bytes = _check_all(objects, read_threads(store), progress)
     for name, (ref, part) in parts.items():
         problems[name] += _problems(ref, part, objects)
     retained = _still_retained(store, any(problems.values()))
@@ -186,12 +184,12 @@ def _needed(ref: CheckpointRef, part: Part) -> dict[_Place, set[Range]]:
     return needed
 
 
-def _check_all(objects: dict[_Place, _Object], progress: Progress) -> int:
+def _check_all(objects: dict[_Place, _Object], threads: int, progress: Progress) -> int:
     """Fill in what was found, object by object. Returns the bytes checked."""
     total = sum(item.length for wanted in objects.values() for item in wanted.ranges)
     done = 0
     progress(done, total)
-    pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="holdfast-verify")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify")
     try:
         futures = {pool.submit(_check, key, wanted): wanted for (_, key), wanted in objects.items()}
         for future in as_completed(futures):
