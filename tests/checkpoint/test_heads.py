@@ -202,3 +202,22 @@ def test_the_world_notices_a_hole() -> None:
     world.condemned.add(key)
     with pytest.raises(AssertionError, match="gone"):
         ActorStore(world.actor("B", lambda actor: None))._world.delete(key)
+
+
+def test_a_newest_head_that_arrives_altered_twice_is_not_passed_over_by_a_claim() -> None:
+    """A reader may make do with the head below; a claim on that one would drop the newest checkpoint for good."""
+    inner = MemoryStore()
+    first = _lineage(inner, 1)
+    first.claim()
+    newest = first.advance("save", lambda head: head)
+    reads = 0
+
+    def plan(operation: Operation) -> Fault | None:
+        nonlocal reads
+        if operation.method != "get" or operation.key != head_key(newest.number):
+            return None
+        reads += 1
+        return Fault.FLIPPED if reads <= 2 else None
+
+    store = FaultyStore(inner, plan, clock=FakeClock())
+    assert _lineage(store, 2).claim().parent == newest.nonce

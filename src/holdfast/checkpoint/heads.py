@@ -130,7 +130,7 @@ class Lineage:
         """
         while True:
             self._refuse_if_fenced()
-            truth = read_truth(self._store, self._run_id)
+            truth = self._truth()
             if truth.altered and truth.head is None and not revive:
                 raise RestoreError(
                     f"{self._store.url}: none of the run's {len(truth.altered)} heads verifies, so its checkpoints cannot be found "
@@ -147,6 +147,15 @@ class Lineage:
             body = self._stamp(change(body) if change else body, truth.highest + 1, previous.nonce)
             if self._put(body):
                 return self._confirm(body)
+
+    def _truth(self) -> Truth:
+        """Patient with bytes that flip on the way: who claims on the head below the newest drops that one's checkpoint for good."""
+        for pause_s in _RETRY_PAUSES_S[:2]:
+            truth = read_truth(self._store, self._run_id)
+            if not truth.altered:
+                return truth
+            self._clock.sleep(pause_s)
+        return read_truth(self._store, self._run_id)
 
     def advance(self, kind: str, change: Change) -> Head:
         """Put the next head, computed by `change` from the newest of this claim.
