@@ -11,6 +11,7 @@ from typing import Any
 from holdfast.core.events import CollectingSink
 from holdfast.ledger.doings import Doing
 from holdfast.store.memory import MemoryStore
+from holdfast.train.display import display_for
 from holdfast.train.machine import describe_machine
 from holdfast.train.record import Record
 from holdfast.train.stopwatch import Stopwatch
@@ -104,7 +105,7 @@ def test_another_thread_sees_whole_states() -> None:
 def test_progress_is_recorded_now_and_then_only() -> None:
     """Nothing per step: a million steps are as many events as the time they take asks for."""
     clock = HandClock()
-    record = Record(clock, ())
+    record = Record(clock, (), display_for(False, clock, {}))
     ledger = record.open(MemoryStore(), 1, 1)
     ledger.close()
     record.ledger = sink = CollectingSink()  # type: ignore[assignment]

@@ -90,6 +90,11 @@ class Place:
         """Whether a loop has been begun in this process."""
         return self.goal_epochs is not None
 
+    def expected_steps(self) -> int | None:
+        """How many steps the run will have in all, where the loop's length is known."""
+        length = self.current.batches_per_epoch if self.current is not None else None
+        return length * self.goal_epochs if length and self.goal_epochs else None
+
     def enter_epochs(self, total: int) -> object:
         """Returns a token for `leave_epochs`."""
         if type(total) is not int or total < 0:

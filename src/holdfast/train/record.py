@@ -21,6 +21,7 @@ from holdfast.core.events import Event
 from holdfast.core.stacks import offer_stacks
 from holdfast.ledger.append import Ledger
 from holdfast.store.base import Store
+from holdfast.train.display import Display
 from holdfast.train.machine import describe_machine
 from holdfast.train.metrics import Logger, Metrics
 from holdfast.train.stopwatch import Stopwatch, attempt_age_s
@@ -35,8 +36,8 @@ _NOT_THE_USER = ("holdfast.", "contextlib", "torch.utils.data", "torchdata.")
 class Record:
     """Thread safety: `emit`, `committed` and `flush` may be called from any thread, the rest belongs to the loop's thread."""
 
-    def __init__(self, clock: Clock, loggers: Sequence[Logger]) -> None:
-        self._clock, self._loggers = clock, tuple(loggers)
+    def __init__(self, clock: Clock, loggers: Sequence[Logger], display: Display) -> None:
+        self._clock, self._loggers, self.display = clock, tuple(loggers), display
         self._page: ProgressPage | None = None
         self._metrics: Metrics | None = None
         self._warned: set[str] = set()
@@ -78,6 +79,7 @@ class Record:
             self.progress(snapshot=False)
 
     def say(self, message: str) -> None:
+        self.display.above()
         print(f"holdfast: {message}", file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
@@ -85,6 +87,7 @@ class Record:
         if message not in self._warned:
             self._warned.add(message)
             self.emit("warning", message=message)
+            self.display.above()
             warn_user(message)
 
     def entered(self, phase: Phase) -> None:
@@ -102,12 +105,14 @@ class Record:
             self._page.stepped(step)
 
     def committed(self, step: int) -> None:
+        self.display.committed(step)
         if self._page is not None:
             self._page.committed(step)
         if self.ledger is not None:
             self.ledger.nudge()
 
     def log(self, step: int, epoch: int, figures: Mapping[str, Any]) -> None:
+        self.display.logged(figures)
         if self._metrics is not None:
             self._metrics.log(step, epoch, figures)
 
@@ -127,6 +132,7 @@ class Record:
 
     def close(self, *, wait: bool) -> None:
         """Let go. With `wait`, figures that are still on their way are taken along. Nothing is kept afterwards."""
+        self.display.close()
         metrics, self._metrics = self._metrics, None
         ledger, self.ledger = self.ledger, None
         page, self._page = self._page, None

@@ -26,6 +26,7 @@ from holdfast.ledger.doings import Doing
 from holdfast.policy.interval import SaveEvery, parse_max_lost_work, parse_save_every
 from holdfast.store.open import normalise_url, open_store
 from holdfast.train.base import choose_base
+from holdfast.train.display import display_for
 from holdfast.train.emergency import Emergency
 from holdfast.train.hearing import Hearing
 from holdfast.train.leaving import LEAVE_WITHIN_S, Leaving
@@ -69,6 +70,8 @@ class Run:
         the script has changed since. Either way the changes are shown.
     notice: where to listen for word that this machine is going (`"auto"`, `"aws"`, `"file:/path"`, `"none"`, …); default:
         `$HOLDFAST_NOTICE`, else `"auto"`. Under `holdfast run` the agent listens.
+    progress: False shows no progress; a duration is the time between two lines. Default: a line that is kept up to date on a
+        terminal, else one every minute.
     loggers: called with `(step, figures)` for every `log`, in order.
     store_options: the cloud client's own settings (endpoint, region, …).
 
@@ -93,6 +96,7 @@ class Run:
         strict: bool = True,
         hyperparameters: Literal["checkpoint", "script"] = "checkpoint",
         notice: str | None = None,
+        progress: bool | Duration | None = None,
         loggers: Sequence[Logger] = (),
         store_options: Mapping[str, str] | None = None,
         clock: Clock | None = None,
@@ -113,7 +117,7 @@ class Run:
         self._url = normalise_url(chosen)
         clock = clock or SystemClock()
         self._tracker = Tracker()
-        self._record = Record(clock, loggers)
+        self._record = Record(clock, loggers, display_for(progress, clock, os.environ))
         self._signals = Signals(lambda: self._session.saves is not None and self._session.saves.may_copy(), clock)
         self._place = Place(seed=seed, strict=strict, warn=self._record.warn)
         self._hearing = Hearing(notice, clock, self._record.emit, self._record.say)
@@ -309,6 +313,7 @@ class Run:
         if saves is None:
             return
         self._record.stepped(self._place.step)
+        self._record.display.step(self._place.step, self._place.position.epoch, self._place.expected_steps)
         saves.check()
         if self._emergency.stands and self._signals.leaving is None:
             self._emergency.boundary(saves)

@@ -134,10 +134,8 @@ class Saves:
 
     def _expected_runtime_s(self) -> float | None:
         """From the pace of this attempt, when the loop's length is known."""
-        loader, epochs = self._place.current, self._place.goal_epochs
-        length = loader.batches_per_epoch if loader is not None else None
-        step_s = self._pacing.seconds_per_step(self._place.step)
-        return step_s * epochs * length if length and epochs and step_s else None
+        steps, step_s = self._place.expected_steps(), self._pacing.seconds_per_step(self._place.step)
+        return step_s * steps if steps and step_s else None
 
     # ---- between loops
 
