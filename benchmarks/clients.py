@@ -43,7 +43,7 @@ class RawClient(Contestant):
         filled_bytes = _OBJECT_BYTES
         for tensor in named_tensors(state.tree()).values():
             if filled_bytes + tensor.nbytes > _OBJECT_BYTES:
-                objects.append((f"raw/{len(objects)}", []))
+                objects.append((f"raw/{self.number}/{len(objects)}", []))
                 filled_bytes = 0
             objects[-1][1].append(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
             filled_bytes += tensor.nbytes
@@ -53,6 +53,7 @@ class RawClient(Contestant):
         list(self._pool.map(lambda item: move(*item), self._objects(state)))
 
     def save(self, state: State) -> Pending:
+        self.number += 1
         self._all(lambda key, buffers: _put(self._store, key, buffers), state)
         return DONE
 
@@ -60,7 +61,12 @@ class RawClient(Contestant):
         self._all(lambda key, buffers: _get(self._store, key, buffers), target)
 
     def tidy(self) -> None:
-        """The same names are written again."""
+        """Remove what the newest has replaced, as holdfast does."""
+        for page in obstore.list(self._store, f"raw/{self.number - 1}"):
+            obstore.delete(self._store, [item["path"] for item in page])
+
+    def cache_files(self, *, wanted: bool) -> None:
+        """The server keeps everything in memory."""
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -81,6 +87,9 @@ class HoldfastOnS3(Holdfast):
     def __init__(self, folder: Path, url: str, server: ObjectServer) -> None:
         super().__init__(folder, f"{url}/run", server.options)
         self._store = _client(url, server)
+
+    def cache_files(self, *, wanted: bool) -> None:
+        """The server keeps everything in memory."""
 
     def objects(self) -> dict[str, int]:
         return {item["path"]: item["size"] for page in obstore.list(self._store, "run") for item in page}

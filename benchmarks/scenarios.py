@@ -41,6 +41,9 @@ _ALL_RESTORE = (
 # torchsnapshot and orbax are the slowest and stay with the small state; at 4 GiB those that stage do not fit side by side.
 _LARGE_SAVE = ("raw file", "holdfast", "torch.save", "safetensors", "DCP save")
 _LARGE_RESTORE = ("holdfast", "torch.save", "torch.load(mmap)")
+_COLD = ("raw file", "holdfast", "torch.save", "DCP save")
+_QUICK_SAVE = ("raw file", "holdfast", "torch.save", "safetensors", "DCP async_save")
+_QUICK_RESTORE = ("raw file", "holdfast", "torch.save", "torch.load(mmap)", "safetensors")
 _SMALL = ("holdfast", "torch.save", "safetensors", "DCP save")
 _LOOP = ("holdfast", "DCP async_save", "DCP async_save, async staging", "torch_checkpointing")
 _QUIET_STEPS = 3
@@ -79,9 +82,12 @@ def _save(found: Scenario, contestant: Contestant, state: State, counts: bool, p
     contestant.tidy()
 
 
-def restores(folder: Path, rounds: int, state_name: str, names: Sequence[str]) -> Scenario:
-    """The model is live and warm; AdamW has its moments only where a contestant needs them. Files lie in the page cache."""
-    state, found = build(state_name), Scenario(state_name)
+def restores(folder: Path, rounds: int, state_name: str, names: Sequence[str], *, cached: bool = True) -> Scenario:
+    """The model is live and warm; AdamW has its moments only where a contestant needs them.
+
+    `cached`: the files lie in the page cache; otherwise they come from the disk, as on another machine that it was attached to.
+    """
+    state, found = build(state_name), Scenario(state_name if cached else f"{state_name}, from the disk")
     found.facts["bytes"] = state.total_bytes()
     saved = fingerprint(state)
     contestants = _begun(names, folder, state)
@@ -91,16 +97,25 @@ def restores(folder: Path, rounds: int, state_name: str, names: Sequence[str]) -
     del state
     target = build(state_name, zeros=True)
     for counts, contestant in turns(contestants, rounds):
-        _restore(found, contestant, target, counts, saved)
+        _restore(found, contestant, target, counts, saved, cached=cached)
     for contestant in contestants:
         contestant.close()
     return found
 
 
-def _restore(found: Scenario, contestant: Contestant, live: State, counts: bool, saved: dict[str, str]) -> None:
+def _restore(
+    found: Scenario,
+    contestant: Contestant,
+    live: State,
+    counts: bool,
+    saved: dict[str, str],
+    *,
+    cached: bool = True,
+) -> None:
     torch._foreach_zero_(live.tensors())
     target = live if contestant.restores_into_moments else live.at_start()
     settle()
+    contestant.cache_files(wanted=cached)
     give_memory_back()
     seconds = timed(lambda: contestant.restore(target))
     if counts:
@@ -269,21 +284,25 @@ def plan(quick: bool) -> Plan:
     chosen: Plan = {
         "floors": lambda folder, rounds: floors(folder, (256 if quick else 1024) * MIB, rounds),
         "batches": batches,
-        "saves-256M": lambda folder, rounds: saves(folder, rounds, "256 MiB", _ALL_SAVE),
-        "restores-256M": lambda folder, rounds: restores(folder, rounds, "256 MiB", _ALL_RESTORE),
+        "saves-256M": lambda folder, rounds: saves(folder, rounds, "256 MiB", _QUICK_SAVE if quick else _ALL_SAVE),
+        "restores-256M": lambda folder, rounds: restores(
+            folder, rounds, "256 MiB", _QUICK_RESTORE if quick else _ALL_RESTORE
+        ),
         "saves-1G": lambda folder, rounds: saves(folder, rounds, "1 GiB", _ALL_SAVE[:-2]),
         "restores-1G": lambda folder, rounds: restores(folder, rounds, "1 GiB", _ALL_RESTORE[:-2]),
+        "restores-cold-1G": lambda folder, rounds: restores(folder, rounds, "1 GiB", _COLD, cached=False),
         "saves-4G": lambda folder, rounds: saves(folder, rounds, "4 GiB", _LARGE_SAVE),
         "restores-4G": lambda folder, rounds: restores(folder, rounds, "4 GiB", _LARGE_RESTORE),
         "saves-small": lambda folder, rounds: saves(folder, rounds, "10,000 tensors", _SMALL),
         "restores-small": lambda folder, rounds: restores(folder, rounds, "10,000 tensors", _SMALL),
-        "loop": lambda folder, rounds: loop(folder, rounds, large, cpus, _LOOP),
+        "loop": lambda folder, rounds: loop(folder, rounds, large, cpus, _LOOP[:2] if quick else _LOOP),
         "loop-spare-cpu": lambda folder, rounds: loop(folder, rounds, large, max(1, cpus - 1), _LOOP[:3]),
         "frozen": lambda folder, rounds: frozen(folder, rounds, tenth, ("holdfast",)),
         "lora": lambda folder, rounds: frozen(folder, rounds, adapters, ("holdfast", "torch.save", "safetensors")),
         "s3": lambda folder, rounds: s3(folder, rounds, "256 MiB"),
     }
     if quick:
-        for name in ("saves-1G", "restores-1G", "saves-4G", "restores-4G", "loop-spare-cpu"):
+        large_ones = ("saves-1G", "restores-1G", "restores-cold-1G", "saves-4G", "restores-4G")
+        for name in (*large_ones, "loop-spare-cpu", "lora"):
             del chosen[name]
     return chosen

@@ -12,7 +12,7 @@ from run_builder import (
     FakeClock,
     Interruptions,
     Trainer,
-    assert_clean,
+    World,
     checkpoints_of,
     head_of,
     newest_tree,
@@ -38,59 +38,9 @@ from holdfast.core.errors import (
 from holdfast.core.ids import seeded_tokens
 from holdfast.store.base import Store
 from holdfast.store.local import LocalStore
-from holdfast.store.memory import MemoryStore
 from holdfast.testing.faulty_store import Fault, FaultyStore, Operation
 
 MODES: tuple[Mode, ...] = ("reference", "copy")
-
-
-class World:
-    """Runs `source`, `target` and others side by side, all in memory. `through` puts a layer over every store that a fork uses."""
-
-    def __init__(self) -> None:
-        self._stores: dict[str, Store] = {}
-        self._seeds = itertools.count(1)
-        self.clock = FakeClock()
-
-    def open(self, url: str) -> Store:
-        return self._stores.setdefault(url, _Named(url))
-
-    def trainer(self, url: str, keep: int | None = 3) -> Trainer:
-        return Trainer(self.open(url), self.open, keep=keep, seed=next(self._seeds))
-
-    def fork(
-        self, source: str, target: str, step: str | int = "latest", mode: Mode = "reference",
-        through: Callable[[Store], Store] = lambda store: store,
-    ) -> Forked:  # fmt: skip
-        layers: dict[str, Store] = {}
-
-        def open_home(url: str) -> Store:
-            return layers.setdefault(url, through(self.open(url)))
-
-        return fork(
-            source,
-            target,
-            step,
-            mode,
-            open_home=open_home,
-            clock=self.clock,
-            tokens=seeded_tokens(1000 + next(self._seeds)),
-        )
-
-    def clean(self, *urls: str) -> None:
-        for url in urls:
-            assert_clean(self.open(url), self.open)
-
-    def pins(self, url: str) -> list[str]:
-        return [entry.key for entry in self.open(url).list("pins/")]
-
-
-class _Named(MemoryStore):
-    """Private objects under a name of their own."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self._url = url
 
 
 SOURCE, TARGET, THIRD = "memory://source", "memory://target", "memory://third"
