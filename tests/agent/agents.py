@@ -35,8 +35,10 @@ def started(*arguments: str, **popen: object) -> Iterator[subprocess.Popen[bytes
     timer.start()
     try:
         with agent:
-            yield agent
-            agent.kill()
+            try:
+                yield agent
+            finally:
+                agent.kill()
     finally:
         timer.cancel()
 

@@ -14,6 +14,7 @@ from story import SAVES, Trainer, check, local_store, tell_story
 # The children that are forked use nothing that threads of this process may hold.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 _KILLED = 9
 _BROKEN = 1
 
@@ -71,7 +72,10 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path, named: bool) -> None
     assert len(calls) == told[-1] > 100
     assert {"mkdir", "create", "writev", "fsync", "link", "unlink", "rmdir"} <= set(calls)
     outcomes = set()
-    for at, call in enumerate(calls):
+    # Without unnamed files the order of the calls is the same: every fourth will do.
+    chosen = range(len(calls)) if LONG or not named else range(0, len(calls), 4)
+    for at in chosen:
+        call = calls[at]
         for half in (False, True) if call == "writev" else (False,):
             root = tmp_path / f"{at}-{half}"
             status, told = _in_child(root, named, _dying(at, half))

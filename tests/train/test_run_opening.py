@@ -357,3 +357,18 @@ def test_a_script_from_the_shell(tmp_path: Path) -> None:
     assert len(first.stderr.splitlines()) == 2
     assert second.returncode == 1
     assert "DifferentRun" in second.stderr.splitlines()[-1]
+
+
+def test_a_run_that_is_never_left_says_so(tmp_path: Path) -> None:
+    """Without `with` nothing tells success from failure, so the last save is not made: that must not go unnoticed."""
+    script = (
+        "import holdfast\nrun = holdfast.Run('./run', save_every='1000 steps')\nrun.track(x=[0])\n"
+        "for _ in run.batches([1, 2]): pass\n"
+    )
+
+    def said(text: str) -> str:
+        done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stderr
+
+    assert "without leaving the run" in said(script)
+    assert "without leaving the run" not in said(script + "run.close()\n")

@@ -138,6 +138,15 @@ class Child:
         """Send a signal to the main process only."""
         os.kill(self.pid, number)
 
+    def catches(self, number: int) -> bool:
+        """Whether the main process has a handler for the signal, so that it does not die of it; False where that cannot be read."""
+        with suppress(OSError, ValueError):
+            for line in Path(f"/proc/{self.pid}/status").read_text(errors="replace").splitlines():
+                name, _, mask = line.partition(":")
+                if name == "SigCgt":
+                    return bool(int(mask, 16) >> (number - 1) & 1)
+        return False
+
     def kill_group(self) -> None:
         """SIGKILL the main process and everything that stayed in its group."""
         with suppress(ProcessLookupError, PermissionError):
@@ -196,6 +205,10 @@ class Attendant(Protocol):
         """Called now and then, between two starts too (None). The command is ended when it says so."""
         ...
 
+    def received(self, number: int) -> bool:
+        """The agent got a signal. True: it means that the machine or the job goes."""
+        ...
+
     def told(self, grace_s: float) -> None:
         """The command has just been told to stop, and has `grace_s` (may be infinite)."""
         ...
@@ -246,6 +259,7 @@ class Supervisor:
 
     def pause(self, seconds: float, attendant: Attendant | None = None) -> None:
         """Let `seconds` pass, or less when the agent is told to stop."""
+        self._attendant = attendant or self._attendant
         until_s = self._clock.monotonic_s() + seconds
         while self.stop_signal is None:
             left_s = until_s - self._clock.monotonic_s()
@@ -270,12 +284,15 @@ class Supervisor:
 
     def _receive(self, child: Child | None, timeout_s: float) -> None:
         for number in self._inbox.wait(timeout_s):
+            is_notice = self._attendant is not None and self._attendant.received(number)
             if number in _STOPPING:
                 self._told_to_stop(number, child)
             elif child is not None:
                 if number == signal.SIGWINCH and self._attendant is not None:
                     self._attendant.window_changed()
-                child.send(number)
+                # A notice is passed on in its own way. The signal reaches only who waits for it: by default it kills.
+                if not is_notice or child.catches(number):
+                    child.send(number)
 
     def _tell(self, number: int, child: Child) -> None:
         child.send(number)

@@ -15,12 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.checkpoint.staging import Slot
-from holdfast.core.contract import CONTROL_SOCKET, NoticeWord, ReadyWord, SlotsWord, decode_words, encode_word
+from holdfast.core.contract import (
+    CONTROL_SOCKET,
+    MOST_WORD_BYTES,
+    NoticeWord,
+    ReadyWord,
+    SlotsWord,
+    control_address,
+    decode_words,
+    encode_word,
+)
 from holdfast.core.errors import UsageError
 
 __all__ = ["ControlSocket"]
 
 _MOST_SLOTS = 16
+_SETTLE_S = 5.0
 
 
 class ControlSocket:
@@ -35,10 +45,17 @@ class ControlSocket:
         self._standing: dict[str, NoticeWord] = {}
         self._trainers: set[socket.socket] = set()
         self._slots: dict[int, Slot] = {}
+        self._readers: set[threading.Thread] = set()
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        """Held while words go out: who connects must not be greeted with what is withdrawn at that moment."""
         self._path = folder / CONTROL_SOCKET
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._listener.bind(os.fspath(self._path))
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._listener.bind(control_address(folder, opened))
+        finally:
+            os.close(opened)
         os.chmod(self._path, 0o600)
         self._listener.listen()
         threading.Thread(target=self._accept, name="holdfast-control", daemon=True).start()
@@ -51,24 +68,30 @@ class ControlSocket:
 
     def tell(self, word: NoticeWord, *, stands: bool) -> None:
         """Pass on what was heard. `stands`: later trainers must know it as well; not when it is withdrawn."""
-        with self._lock:
-            if stands:
-                self._standing[word.id] = word
-            else:
-                self._standing.pop(word.id, None)
-            trainers = list(self._trainers)
-        for trainer in trainers:
-            self._send(trainer, word)
+        with self._telling:
+            with self._lock:
+                if stands:
+                    self._standing[word.id] = word
+                else:
+                    self._standing.pop(word.id, None)
+                trainers = list(self._trainers)
+            for trainer in trainers:
+                self._send(trainer, word)
 
     def take_slots(self) -> dict[int, Slot]:
-        """The staging memory of the last trainer that announced any, by number; the caller closes it."""
+        """The staging memory of the last trainer that announced any, by number; the caller closes it.
+
+        For after the trainer's death: waits until everything that it has said is understood.
+        """
+        with self._lock:
+            readers = list(self._readers)
+        for reader in readers:
+            reader.join(_SETTLE_S)
         with self._lock:
             slots, self._slots = self._slots, {}
         return slots
 
     def close(self) -> None:
-        for slot in self.take_slots().values():
-            slot.close()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -77,6 +100,8 @@ class ControlSocket:
         for trainer in trainers:
             with suppress(OSError):
                 trainer.shutdown(socket.SHUT_RDWR)
+        for slot in self.take_slots().values():
+            slot.close()
         with suppress(OSError):
             self._path.unlink()
 
@@ -86,54 +111,68 @@ class ControlSocket:
                 trainer, _ = self._listener.accept()
                 # A trainer that never reads must not hold up the agent.
                 trainer.settimeout(1.0)
-                with self._lock:
-                    self._trainers.add(trainer)
-                    standing = list(self._standing.values())
-                for word in standing:
-                    self._send(trainer, word)
-                threading.Thread(target=self._read, args=(trainer,), name="holdfast-control", daemon=True).start()
+                reader = threading.Thread(target=self._listen_to, args=(trainer,), name="holdfast-control", daemon=True)
+                with self._telling:
+                    with self._lock:
+                        self._trainers.add(trainer)
+                        self._readers.add(reader)
+                        standing = list(self._standing.values())
+                    for word in standing:
+                        self._send(trainer, word)
+                reader.start()
 
     def _send(self, trainer: socket.socket, word: NoticeWord) -> None:
         try:
             trainer.sendall(encode_word(word))
         except OSError:
-            self._let_go(trainer)
+            # Half a word may have gone out; its reader sees the end, and closes.
+            with suppress(OSError):
+                trainer.shutdown(socket.SHUT_RDWR)
 
-    def _read(self, trainer: socket.socket) -> None:
-        rest = b""
+    def _listen_to(self, trainer: socket.socket) -> None:
         descriptors: list[int] = []
-        with suppress(OSError):
-            while True:
-                try:
-                    data, received, _, _ = socket.recv_fds(trainer, 65536, _MOST_SLOTS)
-                except TimeoutError:
-                    continue
-                if not data:
-                    break
-                descriptors += received
-                words, rest = decode_words(rest + data)
-                for word in words:
-                    if isinstance(word, ReadyWord):
-                        self._ready(word.notice_id)
-                    elif isinstance(word, SlotsWord):
-                        mine, descriptors = descriptors[: len(word.sizes_bytes)], descriptors[len(word.sizes_bytes) :]
-                        self._hold(word, mine)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        self._let_go(trainer)
+        try:
+            with suppress(OSError):
+                self._read(trainer, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            with self._lock:
+                self._trainers.discard(trainer)
+                self._readers.discard(threading.current_thread())
+            trainer.close()
+
+    def _read(self, trainer: socket.socket, descriptors: list[int]) -> None:
+        rest = b""
+        while True:
+            try:
+                data, received, _, _ = socket.recv_fds(trainer, 65536, _MOST_SLOTS)
+            except TimeoutError:
+                continue
+            descriptors += received
+            if not data:
+                return
+            words, rest = decode_words(rest + data)
+            if len(rest) > MOST_WORD_BYTES or len(descriptors) > _MOST_SLOTS:
+                return
+            for word in words:
+                if isinstance(word, ReadyWord):
+                    self._ready(word.notice_id)
+                elif isinstance(word, SlotsWord):
+                    mine = descriptors[: len(word.sizes_bytes)]
+                    del descriptors[: len(word.sizes_bytes)]
+                    self._hold(word, mine)
 
     def _hold(self, word: SlotsWord, descriptors: list[int]) -> None:
         slots = {}
         for number, (size_bytes, descriptor) in enumerate(zip(word.sizes_bytes, descriptors, strict=False)):
+            if size_bytes <= 0:
+                os.close(descriptor)
+                continue
             # Memory that cannot be mapped is memory that cannot be rescued.
-            with suppress(OSError, ValueError, UsageError):
+            with suppress(OSError, ValueError, OverflowError, UsageError):
                 slots[number] = Slot(size_bytes, descriptor)
         with self._lock:
             before, self._slots = self._slots, slots
         for slot in before.values():
             slot.close()
-
-    def _let_go(self, trainer: socket.socket) -> None:
-        with self._lock:
-            self._trainers.discard(trainer)
-        trainer.close()

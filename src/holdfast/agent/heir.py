@@ -12,7 +12,6 @@ from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.handover import commit_left_behind, newest_left_behind
 from holdfast.checkpoint.staging import Slot
 from holdfast.core.clock import Clock
-from holdfast.core.errors import HoldfastError
 from holdfast.core.events import Event, Sink
 from holdfast.core.ids import random_token
 from holdfast.store.base import Store
@@ -48,7 +47,7 @@ def rescue(
         ref = commit_left_behind(
             left, slots, open_home(left.url), open_home=open_home, clock=clock, tokens=random_token
         )
-    except (HoldfastError, OSError) as error:
+    except Exception as error:  # The description comes from a process that has died: whatever is wrong with it.
         say(
             f"holdfast: the snapshot of step {left.step}, which the command left in memory, could not be committed: {error}"
         )

@@ -114,6 +114,11 @@ class AgentRecord:
                 self._ledger.nudge()
         return self._logs is None or self._logs.flush(timeout_s)
 
+    @property
+    def lost_output_bytes(self) -> int:
+        """Of what was to be kept; final after `close`."""
+        return 0 if self._logs is None else self._logs.dropped_bytes
+
     def close(self, timeout_s: float) -> None:
         """Make durable what can be within `timeout_s`, and stop."""
         give_up_s = self._clock.monotonic_s() + timeout_s

@@ -36,6 +36,7 @@ from holdfast.core.contract import (
     EXIT_INFRASTRUCTURE,
     EXIT_INTERRUPTED,
     EXIT_LIMIT,
+    EXIT_PREEMPTED,
     Progress,
     ProgressPage,
 )
@@ -56,6 +57,9 @@ from holdfast.store.base import Store
 from holdfast.store.open import normalise_url
 
 __all__ = ["RunOptions", "run_command"]
+
+_LAST_WORDS_S = 0.5
+"""Kept of the time before a deadline for what comes after the last pass over a mirrored folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,7 @@ def run_command(
                 )  # fmt: skip
                 if options.mirror is not None and url is not None and open_store is not None:
                     mirror = _mirror(options.mirror, url, open_store, clock, sink, say)
+                    rounds.notices.needs_s = mirror.expected_last_s
                 supervisor = Supervisor(inbox, clock, options.grace_s, options.leftover_grace_s)
                 agent = _Agent(
                     tuple(command), options, page, supervisor, rounds, mirror, base, clock, sink, say, rng, open_store
@@ -139,7 +144,7 @@ def run_command(
                 if mirror is not None:
                     mirror.close()
                 if rounds is not None:
-                    rounds.close()
+                    rounds.close(unstored=None if mirror is None else mirror.unstored)
                 page.close()
     finally:
         # Signals act on the agent again: nobody has to wait for what is run at the end.
@@ -235,6 +240,10 @@ class _Agent:
     def run(self) -> int:
         state = RestartState()
         while not self._supervisor.is_stopping():
+            going = self._rounds.notices.going
+            if going is not None:
+                self._say(f"holdfast: {going}: nothing more is started")
+                return self._stop(EXIT_PREEMPTED, (going,))
             self._attempt += 1
             ended, progress = self._one_attempt()
             if not ended.started and self._supervisor.is_stopping():
@@ -249,6 +258,9 @@ class _Agent:
         return self._stopped_between_attempts(self._supervisor.stop_signal)
 
     def _stopped_between_attempts(self, stop_signal: int | None) -> int:
+        going = self._rounds.notices.going
+        if going is not None:
+            return self._stop(EXIT_PREEMPTED, (going,))
         if self._rounds.limit_reached is not None or stop_signal is None:
             return self._stop(EXIT_LIMIT, (self._rounds.limit_reached or "",))
         name = signal.Signals(stop_signal).name
@@ -308,7 +320,15 @@ class _Agent:
         if self._mirror is None:
             return None
         self._mirror.finish(exit_code)
-        self._mirror.wait(self._supervisor.pause, self._supervisor.is_stopping, self._options.grace_s)
+        until_s = self._clock.monotonic_s() + self._options.grace_s
+        notices = self._rounds.notices
+
+        def left_s() -> float:
+            if notices.going is not None:
+                return (notices.left_s() or 0.0) - _LAST_WORDS_S
+            return until_s - self._clock.monotonic_s()
+
+        self._mirror.wait(self._supervisor.pause, self._supervisor.is_stopping, left_s)
         return self._mirror.has_progressed()
 
     def _rescue(self, exit_code: int) -> None:
@@ -325,8 +345,6 @@ class _Agent:
         finally:
             for slot in slots.values():
                 slot.close()
-        if self._rounds.notices.going:
-            self._rounds.notices.acknowledge()
 
     def _pause(self, seconds: float) -> bool:
         self._supervisor.pause(seconds, self._rounds)
@@ -373,8 +391,7 @@ class _Agent:
         lost_steps = None
         figures = "it reported no progress" if ended.started else "the command was not started"
         if progress is not None:
-            kept = max(progress.committed_step, progress.restored_step, 0)
-            lost_steps = max(0, progress.step - kept)
+            kept, lost_steps = progress.kept_step, progress.lost_steps
             reached = f"at step {progress.step}" if progress.step >= 0 else "before its first step"
             committed = f"last committed step {kept}" if kept else "nothing committed"
             figures = f"{reached}, {committed}, {lost_steps} {'step' if lost_steps == 1 else 'steps'} lost"

@@ -25,8 +25,8 @@ from holdfast.agent.startup import Startup, describe_machine, describe_price, st
 from holdfast.agent.systemd import ServiceManager
 from holdfast.agent.watchdog import Lifetime, Watchdog
 from holdfast.core.clock import Clock
-from holdfast.core.config import format_duration
-from holdfast.core.contract import ENV_NOTICE, Progress, ProgressPage
+from holdfast.core.config import format_bytes, format_duration
+from holdfast.core.contract import ENV_NOTICE, KeptWord, Progress, ProgressPage
 from holdfast.core.events import Event, Sink
 from holdfast.policy.hang import HangLimits
 
@@ -104,6 +104,8 @@ class Rounds:
         self.notices = NoticeDesk(
             care.notice or environment.get(ENV_NOTICE) or "auto",
             folder,
+            url=url,
+            progress=self._progress,
             grace_s=grace_s,
             environment=environment,
             clock=clock,
@@ -123,6 +125,12 @@ class Rounds:
 
     def _output_bytes(self) -> int:
         return 0 if self.output is None else self.output.passed_bytes
+
+    def _progress(self) -> Progress | None:
+        # The page is the command's to write; nonsense in it is no report.
+        with suppress(ValueError):
+            return self._page.read()
+        return None
 
     # ---- around an attempt
 
@@ -200,15 +208,29 @@ class Rounds:
     def limit_reached(self) -> str | None:
         return self._limit_reached
 
-    def close(self) -> None:
-        """In the end, whatever it was. What does not get through in time is given up."""
-        self.notices.close()
+    def close(self, *, unstored: str | None = None) -> None:
+        """In the end, whatever it was. What does not get through in time is given up.
+
+        `unstored`: why the last state of a mirrored folder is not stored; None: it is, or there is none.
+        """
         if self._gpus is not None:
             self._gpus.close()
         if self.output is not None:
             self.output.close()
         if self._record is not None:
             self._record.close(_CLOSE_S)
+        # The word may end the machine, so it comes when all is kept.
+        self.notices.acknowledge()
+        self.notices.close(self._kept(unstored))
+
+    def _kept(self, unstored: str | None) -> KeptWord:
+        progress = self._progress()
+        lost = [] if unstored is None else [f"the last state of the mirrored folder: {unstored}"]
+        if progress is not None and progress.lost_steps:
+            lost.append(f"{progress.lost_steps} {'step' if progress.lost_steps == 1 else 'steps'} of the command")
+        if self._record is not None and self._record.lost_output_bytes:
+            lost.append(f"{format_bytes(self._record.lost_output_bytes)} of its output")
+        return KeptWord(step=None if progress is None else progress.kept_step, lost=lost)
 
     def run_on_exit(self) -> None:
         """The last thing of all: the machine may be gone after it."""
@@ -241,6 +263,9 @@ class Rounds:
         if self._limit_reached is not None or self._findings.infrastructure or self._findings.hang:
             return None
         return self._look_at_machine() or self._look_at_command(child)
+
+    def received(self, number: int) -> bool:
+        return self.notices.received(number)
 
     def told(self, grace_s: float) -> None:
         if self._watchdog is not None and math.isfinite(grace_s):
@@ -277,9 +302,7 @@ class Rounds:
         now_s = self._clock.monotonic_s()
         if not is_due and now_s < self._status_at_s:
             return
-        progress: Progress | None = None
-        with suppress(ValueError):
-            progress = self._page.read()
+        progress = self._progress()
         if now_s >= self._status_at_s:
             self._status_at_s = now_s + _STATUS_S
             self._service.status(_doing(self._start, progress))

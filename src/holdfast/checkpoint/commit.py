@@ -17,7 +17,7 @@ import msgspec
 
 from holdfast.checkpoint.format import CheckpointRef, Head, Root
 from holdfast.checkpoint.heads import Lineage
-from holdfast.checkpoint.promote import send
+from holdfast.checkpoint.promote import keep_segments, send
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, checkpoint_keys, condemn, find_orphans, sweep
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.tier import Staged, Tier
@@ -65,7 +65,9 @@ class Committer:
         sending: Executor,
         before_commit: Callable[[], None] = lambda: None,
         figure: Callable[[int], float | None] = lambda step: None,
+        unsent: Callable[[], dict[str, bytes]] = dict,
     ) -> None:
+        self._unsent = unsent
         self._figure = figure
         self._store, self._lineage, self._keep, self._open_home = store, lineage, keep, open_home
         self._clock, self._tokens, self._before_commit = clock, tokens, before_commit
@@ -129,7 +131,7 @@ class Committer:
         written = self._write(snapshot, tier.store, set(), self._lasting(head, coming))
         current = [ref.name for ref in head.checkpoints if ref.generation == head.generation]
         built_on = {*(current[-1:] or [""]), *(other.ref.name for other in coming)}
-        return tier.record(written, self._ref(snapshot, written), head, built_on)
+        return tier.record(written, self._ref(snapshot, written), head, built_on, self._unsent())
 
     def _lasting(self, head: Head, coming: Sequence[_Coming]) -> KnownChunks:
         """What may be referred to by a checkpoint that is committed later: chunks of checkpoints, and of a base, that the run still
@@ -166,6 +168,8 @@ class Committer:
 
     def _send(self, staged: Staged, tier: Tier, uploaded: set[str]) -> None:
         self._settle()
+        if staged.ref.attempt != self._lineage.head.attempt:
+            keep_segments(self._store, {key: text.encode() for key, text in staged.record.segments.items()})
         self._check_reaches(self._lineage.head, staged.ref, staged.written)
         send(staged, tier.store, self._store, uploaded=uploaded)
 

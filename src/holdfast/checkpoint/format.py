@@ -113,7 +113,8 @@ class StagedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`staged/<name>.json`, on a machine's own disk only: a checkpoint that lies there whole and that no head names yet (tier.py).
 
     `built_on` are the checkpoints of which one must still be the run's newest for this one to continue it (an empty text: there was
-    none); `head_number` is the newest head when it was staged; `sent_objects` are the data objects that only the disk has.
+    none); `head_number` is the newest head when it was staged; `sent_objects` are the data objects that only the disk has;
+    `segments` what was logged until then and was not known to be in the ledger, by key.
     """
 
     format: int
@@ -123,6 +124,7 @@ class StagedRecord(msgspec.Struct, frozen=True, kw_only=True):
     head_number: int
     built_on: list[str]
     sent_objects: list[str]
+    segments: dict[str, str] = {}
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

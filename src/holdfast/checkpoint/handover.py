@@ -10,7 +10,7 @@ Hashes are computed from the same memory by whoever writes, as in any save.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from holdfast.checkpoint.arrays import ArraySpec
 from holdfast.checkpoint.commit import Committer
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.checkpoint.promote import keep_segments
 from holdfast.checkpoint.read import open_checkpoint
 from holdfast.checkpoint.retain import Keep, StoreOpener
 from holdfast.checkpoint.snapshot import Layout, Snapshot
@@ -41,6 +42,8 @@ class LeftBehind(msgspec.Struct, frozen=True, kw_only=True):
     """One complete snapshot in a slot, and under whose claim it was taken."""
 
     slot: int
+    memory: int
+    """Which memory the slot was (its inode), so that a description is never read with the bytes of another one."""
     url: str
     run_id: str
     owner: str
@@ -52,6 +55,8 @@ class LeftBehind(msgspec.Struct, frozen=True, kw_only=True):
     offsets: tuple[int, ...]
     total_bytes: int
     metadata: dict[str, Any]
+    segments: dict[str, bytes]
+    """What was logged up to this step and is not known to be in the ledger yet."""
 
     def snapshot(self, slot: Slot) -> Snapshot:
         """The snapshot as the saver had it; it reads from `slot`."""
@@ -70,13 +75,21 @@ class Heir(Protocol):
 class Legacy:
     """The trainer's side. Owned by the saver; `begins` is called by the loop's thread, `complete` by any."""
 
-    def __init__(self, folder: Path, heir: Heir, store: Store, lineage: Lineage) -> None:
-        self._folder, self._heir, self._store, self._lineage = folder, heir, store, lineage
+    def __init__(
+        self,
+        folder: Path,
+        heir: Heir,
+        store: Store,
+        lineage: Lineage,
+        unsent: Callable[[], dict[str, bytes]] = dict,
+    ) -> None:
+        self._folder, self._heir, self._store, self._lineage, self._unsent = folder, heir, store, lineage, unsent
         self._slots: list[Slot] = []
 
     def slots_made(self, slots: Sequence[Slot]) -> None:
-        for number in range(max(len(slots), len(self._slots))):
-            self._path(number).unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in self._folder.glob(f"{_PREFIX}*"):
+                path.unlink(missing_ok=True)
         self._slots = list(slots)
         self._heir.take_slots(slots)
 
@@ -91,10 +104,11 @@ class Legacy:
             return
         head, layout = self._lineage.head, snapshot.layout
         left = LeftBehind(
-            slot=self._slots.index(snapshot.slot), url=self._store.url, run_id=head.run_id, owner=head.owner,
+            slot=self._slots.index(snapshot.slot), memory=snapshot.slot.memory_id, url=self._store.url,
+            run_id=head.run_id, owner=head.owner,
             generation=head.generation, step=snapshot.step, epoch=snapshot.epoch, document=snapshot.document,
             specs=layout.specs, offsets=layout.offsets, total_bytes=layout.total_bytes,
-            metadata=snapshot.metadata,
+            metadata=snapshot.metadata, segments=self._unsent(),
         )  # fmt: skip
         path = self._path(left.slot)
         # A disk that is full costs the insurance, not the save.
@@ -136,7 +150,7 @@ def commit_left_behind(
     if truth is None or not _continues(left, truth) or left.slot not in slots:
         return None
     slot = slots[left.slot]
-    if slot.size_bytes < left.total_bytes:
+    if slot.memory_id != left.memory or slot.size_bytes < left.total_bytes:
         return None
 
     def change(body: Head) -> Head:
@@ -146,6 +160,7 @@ def commit_left_behind(
 
     lineage = Lineage(store, left.run_id, clock=clock, tokens=tokens)
     lineage.claim(change)
+    keep_segments(store, left.segments)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="holdfast-send") as pool:
         committer = Committer(
             store, lineage, keep=Keep(last=None), open_home=open_home, clock=clock, tokens=tokens, hashing=pool,

@@ -8,7 +8,7 @@ What the disk gives back is checked before it is sent: a rotten block must not b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -23,7 +23,7 @@ from holdfast.checkpoint.write import block_hashes
 from holdfast.core.errors import HoldfastError, IntegrityError
 from holdfast.store.base import Store
 
-__all__ = ["PROMOTION_BYTES", "Promoter", "send"]
+__all__ = ["PROMOTION_BYTES", "Promoter", "keep_segments", "send"]
 
 _AT_ONCE = 2
 PROMOTION_BYTES = _AT_ONCE * (64 << 20)
@@ -67,6 +67,13 @@ def send(staged: Staged, disk: Store, store: Store, *, uploaded: set[str]) -> No
         raise IntegrityError(f"{disk.url}/{root.name}: the disk has altered the index of a staged checkpoint")
     store.put(part_ref.key, part_data)
     store.put(root_key(root.name), root_data)
+
+
+def keep_segments(store: Store, segments: Mapping[str, bytes]) -> None:
+    """Put what a dead trainer had logged and not sent. What is there already was sent by itself, and holds at least as much."""
+    for key, body in segments.items():
+        if key.startswith("events/"):
+            store.put_new(key, body)
 
 
 def _send_object(reference: ObjectRef, expected: set[tuple[int, int, bytes]], disk: Store, store: Store) -> None:

@@ -29,7 +29,7 @@ from holdfast.checkpoint.tree import FlatTree
 from holdfast.checkpoint.two_tiers import Promotion, TwoTiers
 from holdfast.checkpoint.write import KnownChunks
 from holdfast.core.clock import Clock
-from holdfast.core.errors import HoldfastError, SaveError, UsageError
+from holdfast.core.errors import SaveError, UsageError
 from holdfast.core.events import Sink
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
@@ -84,6 +84,7 @@ class Saver:
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[CheckpointRef], None] = lambda ref: None,
         figure: Callable[[int], float | None] = lambda step: None,
+        unsent: Callable[[], dict[str, bytes]] = dict,
         tier: Tier | None = None,
         legacy: Legacy | None = None,
     ) -> None:
@@ -93,7 +94,7 @@ class Saver:
         self._sending = DaemonPool(options.send_threads, "holdfast-send")
         self._committer = Committer(
             store, lineage, keep=options.keep, open_home=open_home, clock=clock, tokens=tokens, hashing=self._hashing,
-            sending=self._sending, before_commit=before_commit, figure=figure,
+            sending=self._sending, before_commit=before_commit, figure=figure, unsent=unsent,
         )  # fmt: skip
         self._tiers = (
             None if tier is None else TwoTiers(tier, self._committer, told=self._promoted, note=self._outcomes.note)
@@ -148,8 +149,8 @@ class Saver:
         return SaveUnderWay(tasks[0].step, self._clock.monotonic_s() - tasks[0].taken_s)
 
     def held_step(self) -> int | None:
-        """The step of the snapshot that lies in memory and is written only if somebody asks."""
-        job = self._held
+        """The step of the newest snapshot that lies in memory and is not being written yet."""
+        job = self._held or self._waiting
         return None if job is None else job.task.step
 
     @property
@@ -193,6 +194,15 @@ class Saver:
             job, self._held = self._held, None
             if job is not None:
                 self._give_back(job)
+
+    def drop_waiting(self) -> None:
+        """A save that has not been begun is given up; its snapshot stays described for an heir."""
+        with self._condition:
+            job, self._waiting = self._waiting, None
+            if job is not None:
+                self._give_back(job)
+                error = SaveError(f"the save of step {job.task.step} was given up: there was no time left for it")
+                job.task.handle.finish(SaveState.FAILED, error=error)
 
     def release(self) -> None:
         """Before an optimizer writes: the newest snapshot's copy must be safe from it."""
@@ -266,6 +276,9 @@ class Saver:
         self._slots_given_up.set()
         if self._faulting is not None:
             self._faulting.join()
+        if self._legacy is not None and self._slots:
+            # An heir holds the memory as well: it is free only when both have let go.
+            self._legacy.slots_made([])
         for slot in self._slots:
             slot.close()
         self._slots, self._free = [], []
@@ -308,6 +321,8 @@ class Saver:
                 self._held = job
             else:
                 self._enqueue(job)
+                if self._legacy is not None and self._writing is not None:
+                    self._hashing.submit(self._describe_waiting, job)
         return handle
 
     def _enqueue(self, job: _Job) -> None:
@@ -429,6 +444,14 @@ class Saver:
             snapshot.complete()
             self._legacy.complete(snapshot)
 
+    def _describe_waiting(self, job: _Job) -> None:
+        """A snapshot that waits behind a slow save is the newest that an heir can have."""
+        job.snapshot.complete()
+        with self._condition:
+            # Invariant: while it waits nobody fills its slot; whoever takes the slot, or writes, holds the condition first.
+            if self._legacy is not None and self._waiting is job:
+                self._legacy.complete(job.snapshot)
+
     def _hand_over(self, task: SaveTask, staged: Staged) -> None:
         assert self._tiers is not None
         if task.stall_s is None:
@@ -446,8 +469,9 @@ class Saver:
     def _sweep(self) -> None:
         try:
             deleted = self._committer.sweep()
-        except HoldfastError as error:
-            self._outcomes.emit("sweep.failed", error=str(error))
+        except Exception as error:
+            # Whatever it is: a thread that ends here would never save again.
+            self._outcomes.emit("sweep.failed", error=f"{type(error).__name__}: {error}")
             return
         if deleted:
             self._outcomes.emit("sweep.deleted", objects=len(deleted))

@@ -161,6 +161,11 @@ class Slot:
         return self._descriptor
 
     @property
+    def memory_id(self) -> int:
+        """The same in every process that has this memory, and never that of other memory at the same time."""
+        return os.fstat(self._descriptor).st_ino
+
+    @property
     def address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 

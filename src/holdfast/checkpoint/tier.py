@@ -16,10 +16,11 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TypeVar
 
 from holdfast.checkpoint.format import (
@@ -51,6 +52,7 @@ __all__ = ["LocalTier", "Staged", "Tier", "keys_of", "load_staged"]
 
 Result = TypeVar("Result")
 
+_MOST_SEGMENT_BYTES = 1 << 20
 _RESERVED_SHARE = 0.05
 """Of the disk, left free for others where no cap was given."""
 _BY_HAND = frozenset({"rollback", "drop", "import", "fork", "remove", "base"})
@@ -214,11 +216,20 @@ class Tier:
         usage = shutil.disk_usage(self.folder)
         return usage.free - needed_bytes >= _RESERVED_SHARE * usage.total
 
-    def record(self, written: Written, checkpoint: CheckpointRef, head: Head, built_on: Iterable[str]) -> Staged:
+    def record(
+        self,
+        written: Written,
+        checkpoint: CheckpointRef,
+        head: Head,
+        built_on: Iterable[str],
+        segments: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Staged:
         """Name what was written; from here on it can be resumed from, whatever happens to this process."""
+        fitting = sum(map(len, segments.values())) <= _MOST_SEGMENT_BYTES
         record = StagedRecord(
             format=FORMAT_VERSION, run_id=self._run_id, checkpoint=checkpoint, generation=head.generation,
             head_number=head.number, built_on=sorted(built_on), sent_objects=sorted(written.sent_objects),
+            segments={key: body.decode() for key, body in segments.items()} if fitting else {},
         )  # fmt: skip
         self.store.put(_record_key(checkpoint.name), seal(record))
         return Staged(record, written)

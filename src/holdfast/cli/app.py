@@ -12,9 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from holdfast.cli.checkpoints import checkpoints_app
+from holdfast.cli.drill import drill
 from holdfast.cli.explain_save import explain_save
 from holdfast.cli.logs import logs
 from holdfast.cli.notices import notices_app
+from holdfast.cli.notify import notify
 from holdfast.cli.report import report
 from holdfast.cli.run import run
 from holdfast.core.contract import EXIT_USAGE
@@ -57,11 +59,18 @@ app.command(
     context_settings={"allow_interspersed_args": False},
     no_args_is_help=True,
 )(run)
+app.command(
+    "drill",
+    options_metavar="[OPTIONS] --",
+    context_settings={"allow_interspersed_args": False},
+    no_args_is_help=True,
+)(drill)
 app.command("logs")(logs)
 app.command("report")(report)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command("explain-save")(explain_save)
 app.add_typer(notices_app, name="notices")
+app.command("notify")(notify)
 
 
 def main() -> NoReturn:

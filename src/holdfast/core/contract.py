@@ -18,6 +18,7 @@ import msgspec
 
 __all__ = [
     "CONTROL_SOCKET",
+    "ENV_AGENTS",
     "ENV_ATTEMPT",
     "ENV_CONTROL",
     "ENV_FRESH",
@@ -37,6 +38,9 @@ __all__ = [
     "EXIT_NO_PROGRESS",
     "EXIT_PREEMPTED",
     "EXIT_USAGE",
+    "MOST_WORD_BYTES",
+    "NOTIFY_SOCKET",
+    "KeptWord",
     "NoticeWord",
     "Phase",
     "Progress",
@@ -44,6 +48,7 @@ __all__ = [
     "ReadyWord",
     "SlotsWord",
     "Word",
+    "control_address",
     "decode_words",
     "encode_word",
 ]
@@ -54,6 +59,8 @@ ENV_ATTEMPT = "HOLDFAST_ATTEMPT"
 """How often the agent has started the command so far, counted from 1. For people; identity is the token in the head."""
 ENV_CONTROL = "HOLDFAST_CONTROL"
 """A folder on the machine that agent and trainer share; holds the progress page."""
+ENV_AGENTS = "HOLDFAST_AGENTS"
+"""The folder in which agents register and `holdfast notify` looks for them, instead of the usual one; closed to all other users."""
 ENV_FRESH = "HOLDFAST_FRESH"
 """`1` until an attempt has claimed the run, never after: begin a new generation instead of resuming."""
 
@@ -91,12 +98,30 @@ EXIT_INTERRUPTED = 130
 
 CONTROL_SOCKET = "control.sock"
 """In the control folder: agent and trainer send each other words, one JSON object a line."""
+NOTIFY_SOCKET = "notify.sock"
+"""In the control folder: here the agent takes a notice from `holdfast notify`, and says what has become of it."""
 ENV_NOTICE = "HOLDFAST_NOTICE"
 """Where notices are listened for when nobody says otherwise: `auto`, `none`, or names as `holdfast notices` knows them."""
 
 
+MOST_WORD_BYTES = 1 << 20
+"""What has grown longer than this without an end is no word; it is forgotten."""
+_MOST_ADDRESS_BYTES = 100
+
+
+def control_address(folder: Path, descriptor: int, name: str = CONTROL_SOCKET) -> str:
+    """Where a socket in the control folder is bound and found. A socket's address is short, a folder's name need not be: then the
+    way leads over `descriptor`, the folder opened by this process."""
+    path = os.fspath(folder / name)
+    return path if len(os.fsencode(path)) <= _MOST_ADDRESS_BYTES else f"/proc/self/fd/{descriptor}/{name}"
+
+
 class NoticeWord(msgspec.Struct, tag="notice", frozen=True, kw_only=True):
-    """Agent to trainer: what the machine has been told. The fields are those of `holdfast.notice.Notice`."""
+    """Agent to trainer: what the machine has been told. The fields are those of `holdfast.notice.Notice`.
+
+    `holdfast notify` to agent: the same, to be heard like any other notice. The agent sends it back when it has heard it, and one
+    of the kind `withdrawn` when another `holdfast notify` has taken it back.
+    """
 
     kind: str
     deadline_unix_s: float | None
@@ -108,9 +133,20 @@ class NoticeWord(msgspec.Struct, tag="notice", frozen=True, kw_only=True):
 
 
 class ReadyWord(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
-    """Trainer to agent: what could be made durable because of this notice is durable; the machine may go."""
+    """Trainer to agent, and agent to `holdfast notify`: what could be made durable because of this notice is durable."""
 
     notice_id: str
+    step: int | None = None
+    """From the agent: the newest step that is durable."""
+
+
+class KeptWord(msgspec.Struct, tag="kept", frozen=True, kw_only=True):
+    """Agent to `holdfast notify`: the command has ended, and all that could be kept is kept; the machine may go."""
+
+    step: int | None
+    """The newest step that is durable; None: the command has reported none."""
+    lost: list[str]
+    """What could not be kept, for people."""
 
 
 class SlotsWord(msgspec.Struct, tag="slots", frozen=True, kw_only=True):
@@ -119,7 +155,7 @@ class SlotsWord(msgspec.Struct, tag="slots", frozen=True, kw_only=True):
     sizes_bytes: list[int]
 
 
-Word = NoticeWord | ReadyWord | SlotsWord
+Word = NoticeWord | ReadyWord | SlotsWord | KeptWord
 _WORDS: msgspec.json.Decoder[Word] = msgspec.json.Decoder(Word)
 
 
@@ -164,6 +200,16 @@ class Progress:
     restored_step: int
     committed_step: int
     phase: Phase
+
+    @property
+    def kept_step(self) -> int:
+        """The newest step that the next attempt can start from, as far as is known; 0: none."""
+        return max(self.committed_step, self.restored_step, 0)
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that would have to be computed again."""
+        return max(0, self.step - self.kept_step)
 
 
 class ProgressPage:

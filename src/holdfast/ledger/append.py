@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +24,16 @@ __all__ = ["Ledger"]
 
 _COMPACT_EVERY = 32
 """Wakes of the thread between two compactions. The first comes with the first periodic wake, for earlier attempts' segments."""
+
+
+class Segment(NamedTuple):
+    """Events that become one object."""
+
+    key: str
+    events: tuple[Event, ...]
+
+    def body(self) -> bytes:
+        return b"".join(msgspec.json.encode(event) + b"\n" for event in self.events)
 
 
 class Ledger:
@@ -45,7 +56,7 @@ class Ledger:
         self._flush_every_s, self._pulse = flush_every_s, pulse
         self._pending: list[Event] = []
         self._segment = 0
-        self._closed_segment: tuple[str, bytes] | None = None
+        self._closed: Segment | None = None
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._wake = threading.Event()
@@ -67,17 +78,29 @@ class Ledger:
         with self._flushing:
             self._send_closed()
             with self._lock:
-                events, self._pending = self._pending, []
-            if events:
-                key = segment_key(self._attempt, self._node, self._segment)
-                self._segment += 1
-                self._closed_segment = (key, b"".join(msgspec.json.encode(event) + b"\n" for event in events))
-                self._send_closed()
+                if self._pending:
+                    self._closed = self._open_segment()
+                    self._pending = []
+                    self._segment += 1
+            self._send_closed()
+
+    def _open_segment(self) -> Segment:
+        return Segment(segment_key(self._attempt, self._node, self._segment), tuple(self._pending))
 
     def _send_closed(self) -> None:
-        if self._closed_segment is not None:
-            self._store.put(*self._closed_segment)
-            self._closed_segment = None
+        if self._closed is not None:
+            self._store.put(self._closed.key, self._closed.body())
+            self._closed = None
+
+    def unsent(self) -> dict[str, bytes]:
+        """What is not known to be durable yet, as the segments that it will be in. Never waits for the store.
+
+        For whoever goes on from a state that is kept elsewhere, should this process die: they put what is not there yet. A segment
+        that was sent meanwhile holds at least as much.
+        """
+        with self._lock:
+            closed, pending = self._closed, self._open_segment() if self._pending else None
+        return {segment.key: segment.body() for segment in (closed, pending) if segment is not None}
 
     def nudge(self) -> None:
         """Have the thread flush soon: something was emitted that should not die with the process."""

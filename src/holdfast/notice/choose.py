@@ -16,10 +16,13 @@ from holdfast.core.errors import UsageError
 from holdfast.notice.base import Watcher
 from holdfast.notice.signals import SignalWatcher
 
-__all__ = ["GRACE_S", "Choice", "make_watchers", "parse_choices"]
+__all__ = ["GRACE_S", "SIGNALLING", "Choice", "make_watchers", "parse_choices"]
 
 GRACE_S = 30.0
 """What a signal or a touched file leaves unless the user says otherwise: Kubernetes' and Slurm's default."""
+
+SIGNALLING = ("slurm", "kubernetes", "signal")
+"""Who sends signals as notices. Anywhere else a signal means what the user and the command have agreed on."""
 
 _WITH_SECONDS = ("gcp", "slurm", "kubernetes", "signal", "file")
 _NAMES = ("auto", "none", "aws", "azure", *_WITH_SECONDS)

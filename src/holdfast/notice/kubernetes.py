@@ -16,4 +16,4 @@ __all__ = ["kubernetes_watcher"]
 
 def kubernetes_watcher(clock: Clock, grace_s: float) -> SignalWatcher:
     """Fed with the process's signals, like any `SignalWatcher`."""
-    return SignalWatcher(clock, name="kubernetes", grace_s={signal.SIGTERM: grace_s, signal.SIGUSR1: grace_s})
+    return SignalWatcher(clock, name="kubernetes", grace_s={signal.SIGTERM: grace_s})

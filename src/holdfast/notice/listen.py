@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from holdfast.core.clock import Clock
 from holdfast.core.events import Event, Sink
 from holdfast.notice.base import Notice, Watcher
-from holdfast.notice.choose import GRACE_S, Choice, make_watchers, parse_choices
+from holdfast.notice.choose import GRACE_S, SIGNALLING, Choice, make_watchers, parse_choices
 from holdfast.notice.signals import SignalWatcher
 from holdfast.notice.stream import Stream
 
@@ -81,10 +81,12 @@ class Listener:
         self._choices, self._environ, self._grace_s, self._more = choices, environ, grace_s, watchers
         self._clock, self._sink, self._on_notice, self._sleep = clock, sink, on_notice, sleep
         # Built at once, so that a signal that comes before the watching has begun is not lost. `auto` may find a scheduler.
+        self._heeded: frozenset[int] = frozenset()
         self._known = self._resolve_schedulers()
         self._signals = [w for w in (*self._known, *watchers) if isinstance(w, SignalWatcher)]
         self._loop = asyncio.new_event_loop()
-        self._stream: Stream | None = None
+        # What is said before the loop runs waits in it.
+        self._stream = Stream([*self._known, *watchers], clock=clock, sink=sink, sleep=sleep)
         self._listening = threading.Event()
         self._names: tuple[str, ...] = ()
         self._stop = asyncio.Event()
@@ -99,6 +101,10 @@ class Listener:
         """Wait until it is known what is listened to."""
         return self._listening.wait(timeout_s)
 
+    def heeds(self, number: int) -> bool:
+        """Whether this signal means here that the end is near: a scheduler that was found sends it, or it was asked for by name."""
+        return number in self._heeded
+
     def received(self, number: int) -> None:
         """The process got a signal. May be called from inside the handler."""
         for watcher in self._signals:
@@ -106,14 +112,12 @@ class Listener:
 
     def say(self, notice: Notice) -> None:
         """Put in a notice that came another way, like a word from the agent or from a shutdown script."""
-        stream = self._stream
-        if stream is not None:
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(stream.say, notice)
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stream.say, notice)
 
     def open_notices(self) -> tuple[Notice, ...]:
         """Everything that stands, the most urgent first; empty: the machine is not known to go."""
-        return self._stream.open_notices() if self._stream is not None else ()
+        return self._stream.open_notices()
 
     def acknowledge(self, notice: Notice, *, timeout_s: float = _ACKNOWLEDGE_S) -> bool:
         """Tell the provider that this machine is ready for what `notice` announces; blocks for `timeout_s` at most.
@@ -121,10 +125,9 @@ class Listener:
         For after the checkpoint is durable: it brings the end forward. Only Azure waits for it, and it is told only where this
         machine is the only one that the event concerns. True: told. Not to be called from `on_notice`, whose thread it needs.
         """
-        stream = self._stream
-        if stream is None or threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread:
             return False
-        word = stream.acknowledge(notice)
+        word = self._stream.acknowledge(notice)
         try:
             answer: Future[bool] = asyncio.run_coroutine_threadsafe(word, self._loop)
         except RuntimeError:  # Closed meanwhile.
@@ -153,7 +156,10 @@ class Listener:
         choices: list[Choice] = []
         for choice in self._choices:
             choices += [Choice(name) for name in schedulers(self._environ)] if choice.name == "auto" else [choice]
-        return make_watchers(choices, self._environ, clock=self._clock, grace_s=self._grace_s)
+        made = make_watchers(choices, self._environ, clock=self._clock, grace_s=self._grace_s)
+        if any(choice.name in SIGNALLING for choice in choices):
+            self._heeded = frozenset().union(*(w.numbers for w in made if isinstance(w, SignalWatcher)))
+        return made
 
     async def _resolve_clouds(self) -> list[Watcher]:
         from holdfast.notice.detect import detect, schedulers
@@ -188,10 +194,9 @@ class Listener:
 
     async def _watch(self) -> None:
         # Files and signals are listened to while `auto` still looks around.
-        known = [*self._known, *self._more]
-        stream = self._stream = Stream(known, clock=self._clock, sink=self._sink, sleep=self._sleep)
-        looking = asyncio.ensure_future(self._look_around(stream, [watcher.name for watcher in known]))
-        notices = cast("AsyncGenerator[Notice, Any]", stream.notices())
+        names = [watcher.name for watcher in (*self._known, *self._more)]
+        looking = asyncio.ensure_future(self._look_around(self._stream, names))
+        notices = cast("AsyncGenerator[Notice, Any]", self._stream.notices())
         try:
             async with aclosing(notices):
                 async for notice in notices:

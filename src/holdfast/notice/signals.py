@@ -47,6 +47,11 @@ class SignalWatcher:
         self._received.append((number, self._clock.unix_s()))
         self._wake()
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The signals that are notices."""
+        return frozenset(self._grace_s)
+
     async def watch(self, lookout: Lookout) -> AsyncIterator[Notice]:
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
 

@@ -76,7 +76,12 @@ class Display:
 
     def logged(self, figures: Mapping[str, Any]) -> None:
         """Shown from now on. Nothing is computed here: a figure may still be on its way from a device."""
-        self._figures = figures
+        if self._every_s is not None:
+            # Without the graph that a loss hangs on, which would stay in memory until the next figure.
+            self._figures = {
+                name: value.detach() if hasattr(value, "detach") else value
+                for name, value in list(figures.items())[:_MOST_FIGURES]
+            }
 
     def committed(self, step: int) -> None:
         self._saved = (step, self._clock.monotonic_s())
@@ -96,7 +101,7 @@ class Display:
 
     def _parts(self, step: int, epoch: int, total: int | None, now_s: float) -> list[str]:
         parts = [f"step {step:,}" + (f" of {total:,}" if total else ""), f"epoch {epoch}"]
-        parts += [f"{name} {_short(value)}" for name, value in list(self._figures.items())[:_MOST_FIGURES]]
+        parts += [f"{name} {_short(value)}" for name, value in self._figures.items()]
         if self._pace:
             parts.append(f"{self._pace:.3g} steps/s")
             if total and total > step:
@@ -144,5 +149,3 @@ def _short(value: Any) -> str:
         return f"{float(value):.4g}"
     except (TypeError, ValueError):
         return str(value)[:20]
-
-

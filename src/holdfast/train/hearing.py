@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from holdfast.checkpoint.handover import Legacy
 from holdfast.checkpoint.heads import Lineage
@@ -26,14 +26,17 @@ from holdfast.core.contract import (
     CONTROL_SOCKET,
     ENV_CONTROL,
     ENV_NOTICE,
+    MOST_WORD_BYTES,
     NoticeWord,
     ReadyWord,
     SlotsWord,
+    control_address,
     decode_words,
     encode_word,
 )
 from holdfast.core.events import Event, Sink
-from holdfast.notice.base import Notice, NoticeKind
+from holdfast.notice.base import Notice
+from holdfast.notice.words import as_notice
 from holdfast.store.base import Store
 
 if TYPE_CHECKING:
@@ -56,16 +59,14 @@ class Hearing:
         Raises UsageError for a `notice` that is wrongly written.
         """
         folder = environ.get(ENV_CONTROL)
-        if folder and self._spec is None and (Path(folder) / CONTROL_SOCKET).exists():
+        if folder and (Path(folder) / CONTROL_SOCKET).exists():
             with suppress(OSError):
-                self._agent = _Agent(Path(folder) / CONTROL_SOCKET, heard)
-                return
-        spec = self._spec or environ.get(ENV_NOTICE) or "auto"
+                self._agent = _Agent(Path(folder), heard)
+        # An agent listens for both; a script that names a source of its own hears that as well.
+        spec = self._spec or ("none" if self._agent is not None else environ.get(ENV_NOTICE) or "auto")
         if spec == "none":
             return
-        from holdfast.notice.listen import listen
-
-        _load_client()
+        listen = _load_listening()
 
         def tell(notice: Notice) -> None:
             left_s = notice.left_s(self._clock.unix_s())
@@ -75,16 +76,21 @@ class Hearing:
 
         self._listener = listen(spec, clock=self._clock, sink=_Forwarding(self._emit), on_notice=tell)
 
+    def received(self, number: int) -> None:
+        """This process got a signal, which may be a notice. Called inside the handler. An agent knows it already."""
+        if self._listener is not None and self._listener.heeds(number):
+            self._listener.received(number)
+
     def acknowledge(self, notice: Notice) -> None:
         """The checkpoint is durable: whoever waits for that word gets it."""
         if self._agent is not None:
             self._agent.say(ReadyWord(notice_id=notice.id))
-        elif self._listener is not None:
+        if self._listener is not None:
             self._listener.acknowledge(notice)
 
-    def legacy(self, store: Store, lineage: Lineage) -> Legacy | None:
+    def legacy(self, store: Store, lineage: Lineage, unsent: Callable[[], dict[str, bytes]]) -> Legacy | None:
         """Where an agent watches: what it gets to commit, should this process die first."""
-        return None if self._agent is None else Legacy(self._agent.folder, self._agent, store, lineage)
+        return None if self._agent is None else Legacy(self._agent.folder, self._agent, store, lineage, unsent)
 
     def close(self) -> None:
         if self._agent is not None:
@@ -94,16 +100,22 @@ class Hearing:
         self._agent = self._listener = None
 
 
-def _load_client() -> None:
-    """Import the HTTP client now, in the loop's thread, with the global generator as it was.
+def _load_listening() -> Callable[..., Listener]:
+    """Import all that listening needs now, in the loop's thread, with the global generator as it was.
 
-    Among what it imports is code that draws from it; in the listener's thread that would happen in the middle of training.
+    Among what the HTTP client imports is code that draws from it; in the listener's thread that would happen in the middle of
+    training. So what it loads as late as at its first request is loaded here as well.
     """
     state = random.getstate()
     try:
+        import anyio._backends._asyncio  # noqa: F401
+        import httpcore  # noqa: F401
         import httpx  # noqa: F401
+
+        from holdfast.notice.listen import listen
     finally:
         random.setstate(state)
+    return listen
 
 
 class _Forwarding(Sink):
@@ -120,15 +132,18 @@ class _Agent:
     Raises OSError when nobody listens at the socket.
     """
 
-    def __init__(self, path: Path, heard: Callable[[Notice], None]) -> None:
+    def __init__(self, folder: Path, heard: Callable[[Notice], None]) -> None:
         self._heard = heard
-        self.folder = path.parent
+        self.folder = folder
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._socket.connect(os.fspath(path))
+            self._socket.connect(control_address(folder, opened))
         except OSError:
             self._socket.close()
             raise
+        finally:
+            os.close(opened)
         self._sending = threading.Lock()
         threading.Thread(target=self._read, name="holdfast-control", daemon=True).start()
 
@@ -140,7 +155,10 @@ class _Agent:
     def take_slots(self, slots: Sequence[Slot]) -> None:
         word = encode_word(SlotsWord(sizes_bytes=[slot.size_bytes for slot in slots]))
         with self._sending, suppress(OSError):
-            socket.send_fds(self._socket, [word], [slot.descriptor for slot in slots])
+            if slots:
+                socket.send_fds(self._socket, [word], [slot.descriptor for slot in slots])
+            else:
+                self._socket.sendall(word)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -152,11 +170,7 @@ class _Agent:
         with suppress(OSError):
             while data := self._socket.recv(65536):
                 words, rest = decode_words(rest + data)
+                rest = rest if len(rest) <= MOST_WORD_BYTES else b""
                 for word in words:
                     if isinstance(word, NoticeWord):
-                        self._heard(_as_notice(word))
-
-
-def _as_notice(word: NoticeWord) -> Notice:
-    fields: dict[str, Any] = {name: getattr(word, name) for name in word.__struct_fields__ if name != "kind"}
-    return Notice(kind=NoticeKind(word.kind), **fields)
+                        self._heard(as_notice(word))

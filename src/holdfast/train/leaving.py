@@ -11,7 +11,7 @@ from holdfast.core.config import format_duration
 from holdfast.core.contract import Phase
 from holdfast.core.errors import Preempted
 from holdfast.ledger.doings import Doing
-from holdfast.train.emergency import Emergency
+from holdfast.train.emergency import Emergency, WayOut
 from holdfast.train.place import Place
 from holdfast.train.record import Record
 from holdfast.train.saves import Saves
@@ -30,17 +30,22 @@ class Leaving:
 
     def with_live_state(self, saves: Saves) -> NoReturn:
         """At a boundary: save what is new (where that still fits), wait until what is under way is durable, leave."""
-        within_s = self._begin()
-        how = saves.leave_as_it_is if self._emergency.saves_nothing else saves.leave_with_live
-        self._depart(saves, how(within_s))
+        way = self._emergency.begin_to_leave(saves)
+        how = {
+            WayOut.LIVE: saves.leave_with_live,
+            WayOut.MEMORY: saves.leave_with_held,
+            WayOut.AS_IT_IS: saves.leave_as_it_is,
+        }[way]
+        self._depart(saves, how(self._begin()))
 
     def with_held_state(self, saves: Saves) -> NoReturn:
-        """In code that is done again after the resume: save what was held before it, leave."""
-        self._depart(saves, saves.leave_with_held(self._begin()))
+        """In code that is done again after the resume: save what was held before it (where that still fits), leave."""
+        way = self._emergency.begin_to_leave(saves)
+        how = saves.leave_as_it_is if way is WayOut.AS_IT_IS else saves.leave_with_held
+        self._depart(saves, how(self._begin()))
 
     def _begin(self) -> float:
         """Returns how many seconds there are."""
-        self._emergency.begin_to_leave()
         self._record.entered(Phase.LEAVING)
         self._record.stopwatch.enter(Doing.STALL)
         within_s = self._emergency.within_s()
@@ -55,7 +60,7 @@ class Leaving:
         saves.stop_if_fenced()
         lost = "" if durable else "; the newest steps could NOT be saved and will be computed again"
         self._record.say(f"leaving at step {step} with exit code {code}{lost}; start the same command again to go on")
-        self._emergency.left()
+        self._emergency.left(durable=durable)
         raise Preempted(code) from None
 
     def finish(self, saves: Saves) -> None:
@@ -63,6 +68,7 @@ class Leaving:
 
         Raises SaveError when the last checkpoint cannot be made: the run is then not finished.
         """
+        self._emergency.finishing()
         self._record.stopwatch.enter(Doing.STALL)
         ref = saves.save("finished", finish=True).wait()
         self._record.entered(Phase.FINISHED)

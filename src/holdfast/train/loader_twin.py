@@ -89,15 +89,15 @@ class _Engine:
 
 
 def _with_deaf_workers(loader: Any) -> Any:
-    """Start the workers with SIGTERM and SIGINT blocked until `WorkerStart` ignores them, so that there is no moment at which a
-    signal to the process group kills a worker. A forkserver that is started here stays blocked as well, and lives on for its
-    workers."""
+    """Start the workers with SIGTERM, SIGINT and SIGUSR1 blocked until `WorkerStart` has seen to them, so that there is no moment
+    at which a signal to the process group kills a worker. A forkserver that is started here stays blocked as well, and lives on for
+    its workers."""
     context = loader.multiprocessing_context
     if (context.get_start_method() if context is not None else get_start_method()) != "fork":
         # Starting the tracker would unblock the signals behind our back.
         resource_tracker.ensure_running()
     loader.worker_init_fn.main_pid = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     try:
         iterator = loader._get_iterator()
     finally:

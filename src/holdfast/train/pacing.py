@@ -52,11 +52,12 @@ class CostMeter:
         self._saves += 1
 
     def step_time(self) -> Spread | None:
-        """Seconds per step and how they scatter, from this attempt's own; None before a few of them."""
-        if len(self._steps_s) < _FEW:
+        """Seconds per step and how they scatter, from this attempt's own; None before a few of them. May be asked by any thread."""
+        steps_s = list(self._steps_s)
+        if len(steps_s) < _FEW:
             return None
-        average_s = fmean(self._steps_s)
-        return Spread(average_s, pstdev(self._steps_s) / average_s) if average_s > 0 else None
+        average_s = fmean(steps_s)
+        return Spread(average_s, pstdev(steps_s) / average_s) if average_s > 0 else None
 
     @property
     def cost_s(self) -> float:

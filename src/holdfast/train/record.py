@@ -130,6 +130,13 @@ class Record:
             self._metrics.settle(wait=True)
             self.ledger.flush()
 
+    def unsent(self) -> dict[str, bytes]:
+        """What a flush would make durable, as segments: for a state that another process may have to commit."""
+        if self._metrics is None or self.ledger is None:
+            return {}
+        self._metrics.settle(wait=True)
+        return self.ledger.unsent()
+
     def close(self, *, wait: bool) -> None:
         """Let go. With `wait`, figures that are still on their way are taken along. Nothing is kept afterwards."""
         self.display.close()

@@ -7,8 +7,10 @@ The loop's thread does all of this; tensor bytes are written by the saver's thre
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -30,6 +32,7 @@ from holdfast.train.display import display_for
 from holdfast.train.emergency import Emergency
 from holdfast.train.hearing import Hearing
 from holdfast.train.leaving import LEAVE_WITHIN_S, Leaving
+from holdfast.train.loops import Loops
 from holdfast.train.metrics import Logger
 from holdfast.train.notes import remember
 from holdfast.train.opening import Claim, StoreFactory, choose_url, refuse_many_processes
@@ -37,13 +40,13 @@ from holdfast.train.place import Place
 from holdfast.train.record import Record
 from holdfast.train.session import Session, SessionOptions
 from holdfast.train.settings import Settings, plain_config
-from holdfast.train.signals import LeaveNow, Signals
+from holdfast.train.signals import Signals
 from holdfast.train.tracked import Tracker
 
 __all__ = ["Run"]
 
 Batch = TypeVar("Batch")
-_END = object()
+_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 class Run:
@@ -145,6 +148,9 @@ class Run:
         )
         self._emergency = Emergency(clock, self._record, self._signals, self._place, self._hearing.acknowledge)
         self._leaving = Leaving(self._place, self._record, self._signals, self._emergency)
+        self._loops = Loops(
+            self._session, self._tracker, self._place, self._record, self._signals, self._emergency, self._leaving
+        )
         self._closed = False
         self._broken: str | None = None
 
@@ -219,10 +225,12 @@ class Run:
             raise UsageError("the run is closed; make a new Run to go on")
         refuse_many_processes(os.environ)
         self._tracker.check()
-        self._signals.install()
+        _open_runs.add(self)
+        self._signals.install(os.environ)
         try:
             self._record.meet_agent(os.environ)
             self._hearing.start(os.environ, self._emergency.heard)
+            self._signals.tell(self._hearing.received)
             self._record.entered(Phase.RESTORING)
             self._record.stopwatch.enter(Doing.RESTORE)
             self._session.open()
@@ -240,19 +248,8 @@ class Run:
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are left, starting in the one that the checkpoint was made in."""
-        if self._opened().lineage is None:
-            return
-        token = self._place.enter_epochs(total)
-        before = self._record.stopwatch.enter(Doing.STEP)
-        try:
-            while self._place.position.epoch < total:
-                yield self._place.begin_epoch()
-                self._place.leave_open_loop(counts=self._session.gate.any_stepped)
-                self._place.end_epoch()
-                self._boundary(epoch_ended=True)
-        finally:
-            self._record.stopwatch.enter(before)
-            self._place.leave_epochs(token)
+        self._opened()
+        yield from self._loops.epochs(total)
 
     def batches(self, loader: Iterable[Batch], *, epochs: int | None = None) -> Iterator[Batch]:
         """The batches that are left of this epoch, starting at the exact next one; with `epochs`, of all epochs in one loop.
@@ -260,67 +257,31 @@ class Run:
         Inside `epochs()`, several loops over batches may follow each other in one epoch; those that are done are skipped. Code
         between two loops runs again when the second is resumed. Outside of `epochs()` and without `epochs`, it is one pass.
         """
-        if epochs is None and self._place.in_iteration:
-            yield from self._one_loop(loader, nested=True)
-            return
-        self._place.refuse_second_loop()
-        if epochs is None:
-            self._place.refuse_second_pass()
-        for _ in self.epochs(1 if epochs is None else epochs):
-            yield from self._one_loop(loader, nested=False)
+        self._opened()
+        yield from self._loops.batches(loader, epochs)
 
-    def _one_loop(self, loader: Iterable[Batch], *, nested: bool) -> Iterator[Batch]:
-        place, gate, saves = self._place, self._session.gate, self._session.saves
-        token = place.enter_loop(loader)
-        if token is None or saves is None:
-            return
-        self._tracker.driven(loader)
-        # What is only held in memory was for leaving during the code between two loops.
-        saves.drop_held()
-        can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting else None
-        stream, stopwatch = place.rest(), self._record.stopwatch
-        try:
-            while True:
-                stopwatch.enter(Doing.DATA)
-                try:
-                    self._signals.region = can_stop
-                    batch = next(stream, _END)
-                    self._signals.region = None
-                except LeaveNow:
-                    self._leaving.with_live_state(saves)
-                if batch is _END:
-                    break
-                stopwatch.enter(Doing.STEP)
-                place.batch_begins()
-                gate.begin_iteration()
-                yield batch  # type: ignore[misc]
-                # The user may let go of a batch while the next one is made: so must we.
-                del batch
-                place.batch_done()
-                self._boundary()
-        finally:
-            self._signals.region = None
-            # Around this loop is one over epochs.
-            stopwatch.enter(Doing.STEP)
-            place.leave_loop(token, counts=gate.any_stepped)
-        if nested:
-            saves.hold()
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An evaluation. Interrupted, it is done again after resume, never skipped.
 
-    # ---- boundaries and saves
+        Between loops over batches, a SIGTERM ends it at once and the state from before is saved. Inside an iteration it is run
+        to its end first, since the iteration is not complete.
+        """
+        self._opened()
+        with self._loops.evaluating():
+            yield
 
-    def _boundary(self, *, epoch_ended: bool = False) -> None:
-        saves = self._session.saves
-        if saves is None:
+    @contextmanager
+    def mutating(self) -> Iterator[None]:
+        """A region in which the tracked state must not be copied: EMA weights swapped in, the ascent step of SAM."""
+        self._opened()
+        if self._session.saves is None:
+            yield
             return
-        self._record.stepped(self._place.step)
-        self._record.display.step(self._place.step, self._place.position.epoch, self._place.expected_steps)
-        saves.check()
-        if self._emergency.stands and self._signals.leaving is None:
-            self._emergency.boundary(saves)
-        if self._signals.leaving is None:
-            saves.boundary(epoch_ended=epoch_ended)
-        elif saves.may_copy():
-            self._leaving.with_live_state(saves)
+        with self._session.saves.mutating():
+            yield
+
+    # ---- saves
 
     def save(self) -> SaveHandle:
         """Save at the next step boundary, and return a handle at once.
@@ -335,46 +296,6 @@ class Run:
         if self._closed:
             raise UsageError("the run is closed: nothing can be saved any more")
         return self._session.saves.ask()
-
-    # ---- regions
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """An evaluation. Interrupted, it is done again after resume, never skipped.
-
-        Between loops over batches, a SIGTERM ends it at once and the state from before is saved. Inside an iteration it is run
-        to its end first, since the iteration is not complete.
-        """
-        self._opened()
-        saves, place = self._session.saves, self._place
-        self._record.entered(Phase.EVALUATING)
-        if saves is not None and not place.in_iteration:
-            saves.hold()
-        before = self._record.stopwatch.enter(Doing.EVALUATION)
-        try:
-            # After a `break` nothing is held: it cannot be told from an exception, which must not make a checkpoint.
-            self._signals.region = "evaluating" if saves is not None and not place.in_batch and not place.cut else None
-            if self._signals.region and self._signals.leaving is not None:
-                raise LeaveNow
-            yield
-            self._signals.region = None
-        except LeaveNow:
-            if saves is not None:
-                self._leaving.with_held_state(saves)
-        finally:
-            self._signals.region = None
-            self._record.stopwatch.enter(before)
-            self._record.entered(Phase.FINISHED if saves is None else Phase.TRAINING)
-
-    @contextmanager
-    def mutating(self) -> Iterator[None]:
-        """A region in which the tracked state must not be copied: EMA weights swapped in, the ascent step of SAM."""
-        self._opened()
-        if self._session.saves is None:
-            yield
-            return
-        with self._session.saves.mutating():
-            yield
 
     # ---- record
 
@@ -417,6 +338,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        _open_runs.discard(self)
         with ExitStack() as ending:
             ending.callback(self._signals.remove)
             ending.callback(self._hearing.close)
@@ -442,3 +364,14 @@ class Run:
         head = self._session.claim.head if self._session.claim else None
         size = format_bytes(head.checkpoints[-1].total_bytes) if head and head.checkpoints else "no checkpoint"
         return f"<Run {self._url} step {self._place.step}, {size}>"
+
+
+@atexit.register
+def _tell_left_open() -> None:
+    """A run without `with` never learns whether all went well."""
+    for run in _open_runs:
+        if run._session.saves is not None:
+            run._record.say(
+                f"{run._url}: the script has ended without leaving the run: the last checkpoint was not made, and the run is not "
+                "finished. Write `with holdfast.Run(…) as run:`"
+            )

@@ -218,9 +218,10 @@ class WorkerStart:
 
     def __call__(self, worker_id: int) -> None:
         threading.Thread(target=_end_with, args=(self.main_pid,), daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        slurm = (signal.SIGUSR1,) if os.environ.get("SLURM_JOB_ID") else ()
+        for number in (signal.SIGTERM, signal.SIGINT, *slurm):
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededDataset):
             # The documented way to reach the worker's copy of the dataset must lead to the user's own object; the record is frozen.

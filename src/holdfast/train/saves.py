@@ -27,6 +27,8 @@ __all__ = ["Capture", "Saves"]
 
 _DEFERRAL_WARNING = 500
 """Steps for which a save may wait before the user is told: longer than accumulations are."""
+_LIKE_THE_LAST = 3
+"""So many saves tell what the next one has to send. The last alone may have come just after another, with nothing new to send."""
 Capture = Callable[[str, bool], SaveRequest]
 """Makes a request from the live state: (reason, finish)."""
 
@@ -67,21 +69,25 @@ class Saves:
 
     # ---- at boundaries
 
-    def boundary(self, *, epoch_ended: bool) -> None:
-        """Save if it is time, or as soon as it may be."""
+    def boundary(self, *, epoch_ended: bool, may_begin: bool = True) -> None:
+        """Save if it is time, or as soon as it may be. `may_begin`: False when the time that is left belongs to a last save."""
         step = self._place.step
-        if not self._is_prepared and self._gate.any_stepped:
-            # From the first step of an optimizer on, the state has its full size.
-            self._is_prepared = True
-            with self._record.stopwatch.during(Doing.STALL):
-                self._saver.prepare(self._capture("preparing", False).flat)
+        if self._gate.any_stepped:
+            self.prepare()
         due = self._pacing.boundary(step, epoch_ended=epoch_ended, busy=self._saver.busy)
         reason = self._put_off or due or ("asked for" if self._asked is not None else None)
-        if reason is not None:
+        if reason is not None and may_begin:
             if self.may_copy():
                 self.save(reason)
             else:
                 self._defer(reason)
+
+    def prepare(self) -> None:
+        """Make room, once the state has its full size: from the first step of an optimizer on. Later calls do nothing."""
+        if not self._is_prepared:
+            self._is_prepared = self._gate.any_stepped
+            with self._record.stopwatch.during(Doing.STALL):
+                self._saver.prepare(self._capture("preparing", False).flat)
 
     def check(self) -> None:
         """Tell of background saves that have failed. Raises Fenced and TooManyUnsaved."""
@@ -185,14 +191,19 @@ class Saves:
         return self._saver.held_step()
 
     def expected_send_bytes(self) -> int:
-        """What the next save has to send: as much as the last one, or everything."""
-        sent = self._saver.sent()
-        return sent[-1].sent_bytes if sent else self._saver.snapshot_bytes
+        """What the next save has to send: as much as the last few at most, or everything."""
+        sent = self._saver.sent()[-_LIKE_THE_LAST:]
+        return max((one.sent_bytes for one in sent), default=self._saver.snapshot_bytes)
+
+    def commit_held(self) -> bool:
+        """From any thread: begin to make the held snapshot durable. False when there is none."""
+        return self._saver.commit_held() is not None
 
     # ---- leaving
 
     def leave_as_it_is(self, within_s: float) -> bool:
-        """Start nothing; wait for what is under way. False when something is lost."""
+        """Start nothing; wait for what is being written. False when something is lost."""
+        self._saver.drop_waiting()
         return self._settle(within_s)
 
     def commit_held_from_outside(self, within_s: float) -> bool:
@@ -217,7 +228,8 @@ class Saves:
         return durable
 
     def _settle(self, within_s: float) -> bool:
-        return self._saver.drain(within_s) and not self._has_unsaved()
+        """What counts is what is durable: a held snapshot that was committed holds this step as well."""
+        return self._saver.drain(within_s) and (self.durable_step or 0) >= self._place.step and not self._last_failed()
 
     def _has_unsaved(self) -> bool:
         return self._pacing.unsaved_steps(self._place.step) > 0 or self._last_failed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
+from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
 from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
 from holdfast.store.base import Store
@@ -71,7 +73,7 @@ class Session:
         settings: Settings,
         record: Record,
         open_store: Callable[[str], Store],
-        legacy: Callable[[Store, Lineage], Legacy | None],
+        legacy: Callable[[Store, Lineage, Callable[[], dict[str, bytes]]], Legacy | None],
         clock: Clock,
         tokens: TokenSource,
     ) -> None:
@@ -85,6 +87,8 @@ class Session:
         self.claim: Claim | None = None
         self.restored = False
         self._is_imported = False
+        self._starts = 1
+        """How many starts of a trainer led here, this one included. Claims count those of commands too, so they say nothing."""
         self.gate = StepGate({}, lambda: None)
         self.saves: Saves | None = None
 
@@ -137,6 +141,8 @@ class Session:
                     record=self._record,
                 )  # fmt: skip
                 claim = self.claim = replace(claim, head=claim.lineage.head)
+        else:
+            self._clear_tier(claim)
         restored = self._load(claim)
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
@@ -157,8 +163,9 @@ class Session:
             before_commit=self._record.flush,
             committed=self._committed,
             figure=self._record.watch(self._options.saver.keep.best),
+            unsent=self._record.unsent,
             tier=self._tier,
-            legacy=self._legacy(self.store, lineage),
+            legacy=self._legacy(self.store, lineage, self._record.unsent),
         )
 
     def _hold_tier(self, claim: Claim) -> Tier | None:
@@ -176,6 +183,16 @@ class Session:
             self._record.warn(f"the local disk cannot be used, and the run goes on without it: {error}")
         return None
 
+    def _clear_tier(self, claim: Claim) -> None:
+        """Nothing on the disk continues a run that is finished: what an attempt could not clear away any more goes now."""
+        if self._options.local is None:
+            return
+        tier = Tier(self._options.local, claim.record.run_id)
+        with suppress(OSError, HoldfastError):
+            if tier.folder.is_dir() and tier.hold():
+                tier.keep_only(())
+        tier.close()
+
     def _committed(self, ref: CheckpointRef) -> None:
         """In the thread that has committed."""
         first_save, self._first_save = self._first_save, lambda: None
@@ -189,12 +206,11 @@ class Session:
         return Saves(saver, self.gate, pacing, self._place, self.capture, self._record)
 
     def _rate(self, claim: Claim) -> PreemptionRate:
-        """What this run itself has seen: every attempt but this one ended before its time."""
-        head = claim.head
-        if head is None or claim.record.created_unix_s == 0:
+        """What this run itself has seen: every start but this one ended before its time."""
+        if claim.record.created_unix_s == 0:
             return PreemptionRate()
         exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
-        return PreemptionRate().observed(max(0, head.attempt - 1), exposure_s)
+        return PreemptionRate().observed(self._starts - 1, exposure_s)
 
     def _load(self, claim: Claim) -> CheckpointReader | None:
         head = claim.head
@@ -238,6 +254,10 @@ class Session:
         if asked is not None and asked != place.seed:
             self._record.warn(f"seed={asked} is ignored: this run's data order was begun with seed {place.seed}")
         self._is_imported = loaded.imported
+        run_id, starts = reader.root.metadata.get("starts") or (None, 0)
+        # A fork has been started by nobody yet.
+        if self.claim is not None and run_id == self.claim.record.run_id:
+            self._starts += int(starts)
         if loaded.imported:
             rest = f"; {', '.join(loaded.untouched)} as the script made them" if loaded.untouched else ""
             self._record.say(f"{self._options.url}: begins with imported weights{rest}")
@@ -292,6 +312,7 @@ class Session:
             "batch_size": place.batch_size,
             "seed": place.seed,
             "world_size": 1,
+            "starts": [self.claim.record.run_id if self.claim is not None else None, self._starts],
             "config": hidden(self._settings.config),
             "script_hyperparameters": self._settings.script,
             "environment": self._settings.environment,

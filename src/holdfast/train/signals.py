@@ -2,8 +2,10 @@
 
 SIGTERM: finish the step, save, leave with the preempted exit code. Ctrl-C: the same with the interrupted code; a second Ctrl-C
 leaves at once. Where the code that runs can be given up (an evaluation, which is done again after resume; waiting for a batch), the
-wish is raised as `LeaveNow` and whoever opened that region catches it. The handler itself does nothing else: what it interrupts may
-hold locks.
+wish is raised as `LeaveNow` and whoever opened that region catches it. The handler itself does nothing else but pass the
+number on to whoever listens for notices: what it interrupts may hold locks.
+
+SIGUSR1 is Slurm's word ahead of the end, where the script has not taken it for itself. It is only passed on; by default it kills.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Literal
 
@@ -46,12 +48,24 @@ class Signals:
         self._may_copy = may_copy
         self._before: dict[signal.Signals, Any] = {}
         self._interrupts = 0
+        self._sent = False
+        """The next SIGTERM is `interrupt`'s own."""
+        self._early: list[int] = []
+        self._heard: Callable[[int], None] = self._early.append
 
-    def install(self) -> None:
+    def install(self, environ: Mapping[str, str]) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number, handler in ((signal.SIGTERM, self._on_terminate), (signal.SIGINT, self._on_interrupt)):
             self._before[number] = signal.signal(number, handler)
+        if environ.get("SLURM_JOB_ID") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_warning)
+
+    def tell(self, heard: Callable[[int], None]) -> None:
+        """From now on `heard` gets SIGTERM and SIGUSR1, what has come before included. It is called inside the handler."""
+        self._heard = heard
+        while self._early:
+            heard(self._early.pop(0))
 
     def remove(self) -> None:
         for number, handler in self._before.items():
@@ -69,6 +83,7 @@ class Signals:
         self.leave(EXIT_PREEMPTED)
         main = threading.main_thread().ident
         if self._before and self.region is not None and main is not None:
+            self._sent = True
             signal.pthread_kill(main, signal.SIGTERM)
 
     def since_s(self) -> float | None:
@@ -76,7 +91,14 @@ class Signals:
         return None if self._leaving_s is None else self._now_s() - self._leaving_s
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._sent:
+            self._sent = False
+        else:
+            self._heard(number)
         self._leave(EXIT_PREEMPTED, frame)
+
+    def _on_warning(self, number: int, frame: FrameType | None) -> None:
+        self._heard(number)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1

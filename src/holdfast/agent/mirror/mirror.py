@@ -8,8 +8,8 @@ chooses to (`is_busy`).
 
 from __future__ import annotations
 
-import math
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.read import Fallback
 from holdfast.checkpoint.retain import Keep
 from holdfast.core.clock import Clock
-from holdfast.core.config import format_duration
 from holdfast.core.contract import EXIT_DONE, EXIT_PREEMPTED
 from holdfast.core.errors import Fenced, HoldfastError, UsageError
 from holdfast.core.events import Event, Sink
@@ -36,6 +35,8 @@ _LOOK_AGAIN_S = 0.05
 _READ_THREADS = 4
 _LAST_TRIES = 3
 _LONGEST_PAUSE_S = 60.0
+_NEWEST = 5
+_UNMEASURED_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,7 @@ class Mirror:
         self._clean = False
         self._thread: threading.Thread | None = None
         self._commits_before = 0
+        self._took_s: deque[float] = deque(maxlen=_NEWEST)
         self.attempt = 0
         """The number of the claimed attempt, 0 before."""
         self.fenced: Fenced | None = None
@@ -142,21 +144,25 @@ class Mirror:
         """Whether the last pass still goes on."""
         return self._thread is not None and self._thread.is_alive()
 
-    def wait(self, pause: Callable[[float], None], is_stopping: Callable[[], bool], grace_s: float) -> None:
-        """Until the last pass is done. Once the agent is told to stop, for `grace_s` at most. `pause` lets signals in."""
-        until_s = math.inf
+    def wait(
+        self, pause: Callable[[float], None], is_stopping: Callable[[], bool], left_s: Callable[[], float]
+    ) -> None:
+        """Until the last pass is done; once the agent is told to stop, while seconds are left. `pause` lets signals in."""
         while self.is_busy():
-            if is_stopping():
-                until_s = min(until_s, self._clock.monotonic_s() + grace_s)
+            if not is_stopping():
+                pause(_LOOK_AGAIN_S)
+            elif left_s() > 0:
                 self._clock.sleep(_LOOK_AGAIN_S)
             else:
-                pause(_LOOK_AGAIN_S)
-            if self._clock.monotonic_s() >= until_s:
-                self.unstored = f"not done within the grace period of {format_duration(grace_s)}"
+                self.unstored = "there was no time left for it"
                 self._say(
                     f"mirror: the last state of {self._root} was given up: {self.unstored}; the state before still stands"
                 )
                 return
+
+    def expected_last_s(self) -> float:
+        """What a last pass takes, judged by the slowest of the newest that had something to store."""
+        return max(self._took_s, default=_UNMEASURED_S)
 
     def has_progressed(self) -> bool:
         """Whether a state with new data was committed since `watch`."""
@@ -179,7 +185,7 @@ class Mirror:
         try:
             while not self._ended.wait(pause_s):
                 try:
-                    passes.look()
+                    self._timed(passes, passes.look)
                     pause_s = self._options.look_every_s
                 except Fenced:
                     raise
@@ -201,7 +207,7 @@ class Mirror:
     def _commit_last(self, passes: Passes) -> None:
         for left in reversed(range(_LAST_TRIES)):
             try:
-                passes.commit_last()
+                self._timed(passes, passes.commit_last)
                 self.unstored = None
                 return
             except Fenced:
@@ -209,6 +215,12 @@ class Mirror:
             except (HoldfastError, OSError) as error:
                 self._failed(error, "it is tried again" if left else "the state before still stands")
                 self.unstored = str(error)
+
+    def _timed(self, passes: Passes, one_pass: Callable[[], object]) -> None:
+        commits, started_s = passes.data_commits, self._clock.monotonic_s()
+        one_pass()
+        if passes.data_commits > commits:
+            self._took_s.append(self._clock.monotonic_s() - started_s)
 
     def _failed(self, error: Exception, then: str) -> None:
         self._emit("mirror.failed", error=str(error))

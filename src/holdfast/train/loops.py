@@ -1,0 +1,147 @@
+"""The loops over epochs and batches, and what happens between two iterations: the step boundary.
+
+    epochs → batches → next batch (a wait that a notice may end) → the script's step → boundary: progress, failures of background
+    saves, what a notice asks for, saves that are due, leaving
+
+Place (place.py) says where the run stands; a finished run's loops yield nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+from holdfast.core.contract import Phase
+from holdfast.ledger.doings import Doing
+from holdfast.train.emergency import Emergency
+from holdfast.train.leaving import Leaving
+from holdfast.train.place import Place
+from holdfast.train.record import Record
+from holdfast.train.session import Session
+from holdfast.train.signals import LeaveNow, Signals
+from holdfast.train.tracked import Tracker
+
+__all__ = ["Loops"]
+
+Batch = TypeVar("Batch")
+_END = object()
+
+
+class Loops:
+    """Owned by the run, and by the loop's thread. The session is open before anything is asked."""
+
+    def __init__(
+        self,
+        session: Session,
+        tracker: Tracker,
+        place: Place,
+        record: Record,
+        signals: Signals,
+        emergency: Emergency,
+        leaving: Leaving,
+    ) -> None:
+        self._session, self._tracker, self._place, self._record = session, tracker, place, record
+        self._signals, self._emergency, self._leaving = signals, emergency, leaving
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """The epochs that are left, starting in the one that the checkpoint was made in."""
+        if self._session.saves is None:
+            return
+        token = self._place.enter_epochs(total)
+        before = self._record.stopwatch.enter(Doing.STEP)
+        try:
+            while self._place.position.epoch < total:
+                yield self._place.begin_epoch()
+                self._place.leave_open_loop(counts=self._session.gate.any_stepped)
+                self._place.end_epoch()
+                self._boundary(epoch_ended=True)
+        finally:
+            self._record.stopwatch.enter(before)
+            self._place.leave_epochs(token)
+
+    def batches(self, loader: Iterable[Batch], epochs: int | None) -> Iterator[Batch]:
+        """Those that are left of this epoch, or of that many epochs."""
+        if epochs is None and self._place.in_iteration:
+            yield from self._one_loop(loader, nested=True)
+            return
+        self._place.refuse_second_loop()
+        if epochs is None:
+            self._place.refuse_second_pass()
+        for _ in self.epochs(1 if epochs is None else epochs):
+            yield from self._one_loop(loader, nested=False)
+
+    def _one_loop(self, loader: Iterable[Batch], *, nested: bool) -> Iterator[Batch]:
+        place, gate, saves = self._place, self._session.gate, self._session.saves
+        token = place.enter_loop(loader)
+        if token is None or saves is None:
+            return
+        self._tracker.driven(loader)
+        # What is only held in memory was for leaving during the code between two loops.
+        saves.drop_held()
+        can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting else None
+        stream, stopwatch = place.rest(), self._record.stopwatch
+        try:
+            while True:
+                stopwatch.enter(Doing.DATA)
+                try:
+                    self._signals.region = can_stop
+                    batch = next(stream, _END)
+                    self._signals.region = None
+                except LeaveNow:
+                    self._leaving.with_live_state(saves)
+                if batch is _END:
+                    break
+                stopwatch.enter(Doing.STEP)
+                place.batch_begins()
+                gate.begin_iteration()
+                yield batch  # type: ignore[misc]
+                # The user may let go of a batch while the next one is made: so must we.
+                del batch
+                place.batch_done()
+                self._boundary()
+        finally:
+            self._signals.region = None
+            # Around this loop is one over epochs.
+            stopwatch.enter(Doing.STEP)
+            place.leave_loop(token, counts=gate.any_stepped)
+        if nested:
+            saves.hold()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See `Run.evaluating`."""
+        saves, place = self._session.saves, self._place
+        self._record.entered(Phase.EVALUATING)
+        if saves is not None and not place.in_iteration:
+            saves.hold()
+        before = self._record.stopwatch.enter(Doing.EVALUATION)
+        try:
+            # After a `break` nothing is held: it cannot be told from an exception, which must not make a checkpoint.
+            self._signals.region = "evaluating" if saves is not None and not place.in_batch and not place.cut else None
+            if self._signals.region and self._signals.leaving is not None:
+                raise LeaveNow
+            yield
+            self._signals.region = None
+        except LeaveNow:
+            if saves is not None:
+                self._leaving.with_held_state(saves)
+        finally:
+            self._signals.region = None
+            self._record.stopwatch.enter(before)
+            self._record.entered(Phase.FINISHED if saves is None else Phase.TRAINING)
+
+    def _boundary(self, *, epoch_ended: bool = False) -> None:
+        saves = self._session.saves
+        if saves is None:
+            return
+        self._record.stepped(self._place.step)
+        self._record.display.step(self._place.step, self._place.position.epoch, self._place.expected_steps)
+        saves.check()
+        if self._emergency.stands and self._signals.leaving is None:
+            self._emergency.boundary(saves)
+        if self._signals.leaving is None:
+            may_begin = not self._emergency.stands or self._emergency.allows_save(saves)
+            saves.boundary(epoch_ended=epoch_ended, may_begin=may_begin)
+        elif saves.may_copy():
+            self._leaving.with_live_state(saves)
