@@ -20,5 +20,8 @@ if [ ! -e "$POLICY" ]; then
     chmod 755 "$POLICY"
 fi
 export DEBIAN_FRONTEND=noninteractive
-apt-get -o Acquire::Retries=3 -qq update
-apt-get -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 -qq install --yes --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+if ! apt-get -o Acquire::Retries=3 -qq update ||
+    ! apt-get -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 -qq install --yes --no-install-recommends \
+        slurmctld slurmd slurm-client munge >/dev/null; then
+    echo "Slurm could not be installed: the tests against it will be skipped" >&2
+fi
