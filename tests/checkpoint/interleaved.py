@@ -23,7 +23,7 @@ from holdfast.checkpoint.arrays import adapter_named
 from holdfast.checkpoint.commit import Committer
 from holdfast.checkpoint.format import CheckpointRef, Head, Part, Root, decode_part, head_key, unseal
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.read import CheckpointReader, restore_newest
+from holdfast.checkpoint.read import CheckpointReader, Target, restore_newest
 from holdfast.checkpoint.retain import Keep, StoreOpener, checkpoint_keys, pinned_keys
 from holdfast.checkpoint.runs.base import adopt_base, relies_on
 from holdfast.checkpoint.snapshot import lay_out, stream
@@ -96,12 +96,12 @@ class InlinePool(ThreadPoolExecutor):
 
 def load_tree(reader: CheckpointReader) -> Any:
     """The whole tree of a checkpoint in fresh memory, verified, read in the calling thread."""
-    entries = reader.entries
-    made = {name: adapter_named(entry.library).allocate(entry.spec()) for name, entry in entries.items()}
-    pairs = [(entries[name], adapter_named(entries[name].library).writable(made[name])) for name in made]
+    arrays = reader.arrays
+    made = {name: adapter_named(stored.library).allocate(stored.spec()) for name, stored in arrays.items()}
+    pairs = [(arrays[name], adapter_named(arrays[name].library).writable(made[name])) for name in made]
     with InlinePool(1) as pool:
-        reader.read([(entry, memory) for entry, memory in pairs if memory is not None], pool)
-    return unflatten(decode_document(reader.part.document), made.__getitem__)
+        reader.read([Target(stored, memory) for stored, memory in pairs if memory is not None], pool)
+    return unflatten(decode_document(reader.document()), made.__getitem__)
 
 
 def make_state(author: str, number: int) -> dict[str, Any]:
@@ -423,7 +423,7 @@ def _train(actor: Actor, world: World, store: ActorStore, lineage: Lineage, save
     if found is not None:
         reader, state = found
         assert same_state(state, world.states[reader.ref.name]), "restore gave another state than was saved"
-        committer.known.add(reader.ref.name, reader.part, home=None)
+        committer.known.add(reader.ref.name, *reader.parts, home=None)
         committer.roots.remember(reader.root)
     for number in range(saves):
         store.state = make_state(actor.name, number)
@@ -451,7 +451,7 @@ def _take_base(
         )
     except (UsageError, RunConflict, StoreUnavailable):
         return  # There is nothing yet, or no answer: everything is sent.
-    committer.known.add_base(adopted.part, adopted.home, adopted.keys)
+    committer.known.add_base(adopted.parts, adopted.home, adopted.keys)
 
 
 def reader(actor: Actor, *, times: int) -> None:

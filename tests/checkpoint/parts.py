@@ -64,7 +64,7 @@ def resume(attempt: Attempt) -> Any:
     if found is None:
         return None
     reader, tree = found
-    attempt.saver.known.add(reader.ref.name, reader.part, home=None)
+    attempt.saver.known.add(reader.ref.name, *reader.parts, home=None)
     attempt.saver.roots.remember(reader.root)
     return tree
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaved import RUN_ID, SCALE, Actor, ActorStore, FakeClock, Suffers, World, attempt, play, reader
 
-from holdfast.checkpoint import heads, write
+from holdfast.checkpoint import heads, pack
 from holdfast.checkpoint.format import Head, digest, head_key, seal
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.core.errors import Fenced, RestoreError, RunConflict, StoreUnavailable
@@ -25,7 +25,7 @@ _ACTIONS = (*_WRITERS, "R", "land", *(fault.name for fault in Suffers))
 @pytest.fixture(autouse=True)
 def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array in an object of its own, and old heads pruned at once."""
-    monkeypatch.setattr(write, "OBJECT_BYTES", 64)
+    monkeypatch.setattr(pack, "OBJECT_BYTES", 64)
     monkeypatch.setattr(heads, "HEADS_KEPT", 1)
 
 

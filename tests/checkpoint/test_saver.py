@@ -427,9 +427,9 @@ def test_storage_stays_within_four_times_what_is_alive(seed: int, keep: int) -> 
         for ref in head.checkpoints:
             index = open_checkpoint(store, ref, no_home)
             alive = {
-                (chunk.object, chunk.offset): chunk.length for entry in index.part.arrays for chunk in entry.chunks
+                (chunk.object, chunk.offset): chunk.length for entry in index.parts[0].arrays for chunk in entry.chunks
             }
-            stored = sum(reference.size_bytes for reference in index.part.objects)
+            stored = sum(reference.size_bytes for reference in index.parts[0].objects)
             assert stored <= 4 * sum(alive.values())
         assert garbage(store) == set()
         assert all(np.array_equal(value, arrays[name]) for name, value in restore(store).items())

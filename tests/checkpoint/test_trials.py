@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaved import SCALE, Suffers, World, attempt, play
 
-from holdfast.checkpoint import heads, write
+from holdfast.checkpoint import heads, pack
 
 _ALL = 1 << 30
 
@@ -15,7 +15,7 @@ _ALL = 1 << 30
 @pytest.fixture(autouse=True)
 def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array in an object of its own, and old heads pruned at once."""
-    monkeypatch.setattr(write, "OBJECT_BYTES", 64)
+    monkeypatch.setattr(pack, "OBJECT_BYTES", 64)
     monkeypatch.setattr(heads, "HEADS_KEPT", 1)
 
 

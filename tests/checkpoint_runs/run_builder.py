@@ -18,7 +18,7 @@ import numpy as np
 
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.read import CheckpointReader, open_checkpoint, restore_newest
+from holdfast.checkpoint.read import CheckpointReader, Target, open_checkpoint, restore_newest
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener, checkpoint_keys, pinned_keys
 from holdfast.checkpoint.runs.base import adopt_base, relies_on
 from holdfast.checkpoint.runs.fork import Forked, Mode, fork
@@ -82,13 +82,15 @@ def trees_equal(one: Tree, other: Tree) -> bool:
 
 
 def _load(reader: CheckpointReader) -> Tree:
-    made = dict(reader.entries)
-    arrays = {name: np.empty(entry.shape, _DTYPES[entry.dtype]) for name, entry in made.items()}
+    arrays = {name: np.empty(stored.shape, _DTYPES[stored.dtype]) for name, stored in reader.arrays.items()}
     with ThreadPoolExecutor(2) as pool:
-        reader.read(
-            [(made[name], array.reshape(-1).view(np.uint8).data) for name, array in arrays.items() if array.size], pool
-        )
-    tree = unflatten(decode_document(reader.part.document), arrays.__getitem__)
+        wanted = [
+            Target(reader.arrays[name], array.reshape(-1).view(np.uint8).data)
+            for name, array in arrays.items()
+            if array.size
+        ]
+        reader.read(wanted, pool)
+    tree = unflatten(decode_document(reader.document()), arrays.__getitem__)
     return dict(tree)
 
 
@@ -165,11 +167,11 @@ class Trainer:
                 self.store, open_home(base), base_step, lineage, roots=self.saver.roots, open_home=open_home, tokens=tokens,
                 warn=self.warnings.append,
             )  # fmt: skip
-            self.saver.known.add_base(adopted.part, adopted.home, adopted.keys)
+            self.saver.known.add_base(adopted.parts, adopted.home, adopted.keys)
 
         def load(reader: CheckpointReader) -> Tree:
             tree = _load(reader)
-            self.saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
+            self.saver.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
             self.saver.roots.remember(reader.root)
             return tree
 

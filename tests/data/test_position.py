@@ -16,8 +16,14 @@ from holdfast.data.position import Position
 def test_it_moves_and_survives_json(epoch: int, batch: int) -> None:
     position = Position(epoch, batch)
     assert position.after_batch() == Position(epoch, batch + 1)
+    assert position.after_batch(7).after_batch(3) == Position(epoch, batch + 2, 0, 10)
+    assert position.after_batch(7).next_phase() == Position(epoch, 0, 1)
     assert position.next_epoch() == Position(epoch + 1, 0)
     assert Position.from_json(json.loads(json.dumps(position.to_json()))) == position
+
+
+def test_a_position_that_counts_no_samples_is_read() -> None:
+    assert Position.from_json({"epoch": 1, "batch": 2, "phase": 3}) == Position(1, 2, 3, 0)
 
 
 @pytest.mark.parametrize(

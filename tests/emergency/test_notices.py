@@ -77,7 +77,6 @@ def test_at_a_place(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, p
         ground.tell(lead_s)
         if place.startswith(("stepping", "restored")):
             ground.go_on()
-            ground.until(lambda: ground.step() >= 1)
         assert ground.wait() == EXIT_PREEMPTED, ground.log.read_text()
         if ground.durable_step():
             eventually(lambda: ground.heard == ["n"])

@@ -39,6 +39,17 @@ class Array(NamedTuple):
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
 
 
+class Piece(NamedTuple):
+    """What one rank holds of an array."""
+
+    dtype: str
+    shape: list[int]
+    global_shape: list[int]
+    offsets: list[int]
+    library: str
+    data: bytes
+
+
 class Codec(NamedTuple):
     """A value of a registered type, as what it is made of."""
 
@@ -71,32 +82,52 @@ class Reader:
         head = self.head(url)
         return self.state(url, [ref for ref in head["checkpoints"] if ref["generation"] == head["generation"]][-1])
 
-    def state(self, url: str, ref: dict[str, Any]) -> dict[str, Any]:
-        """The whole state of one checkpoint, every byte of it verified."""
+    def state(self, url: str, ref: dict[str, Any], rank: int = 0) -> dict[str, Any]:
+        """The whole state of one rank in one checkpoint, every byte of the checkpoint verified."""
         url = ref["home"] or url
         data = (self._folders[url] / ref["name"] / "root.json").read_bytes()
         assert blake3(data).hexdigest() == ref["root_blake3"]
         root = unseal(data)
-        assert root["world_size"] == len(root["parts"]) == 1
-        data = (self._folders[url] / root["parts"][0]["key"]).read_bytes()
-        assert len(data) == root["parts"][0]["size_bytes"]
-        assert blake3(data).hexdigest() == root["parts"][0]["blake3"]
-        assert data.startswith(MAGIC)
-        version, _rank, homes, objects, entries, document = msgspec.msgpack.decode(data[len(MAGIC) :])
-        assert version == 1
-        places = [self._folders[[url, *homes][home]] / key for home, key, _ in objects]
-        arrays = {entry[0]: self._array(entry, places) for entry in entries}
+        assert root["world_size"] == len(root["parts"])
+        pieces: dict[str, list[Piece]] = {}
+        documents = [self._part(url, number, part, pieces) for number, part in enumerate(root["parts"])]
+        arrays = {name: join(of_array) for name, of_array in pieces.items()}
         assert sum(len(array.data) for array in arrays.values()) == ref["total_bytes"]
-        state: dict[str, Any] = build(json.loads(document), arrays)
+        state: dict[str, Any] = build(json.loads(documents[rank]), arrays)
         return state
 
-    def _array(self, entry: list[Any], places: list[Path]) -> Array:
-        _name, dtype, shape, global_shape, offsets, library, chunks = entry
-        assert (shape, any(offsets)) == (global_shape, False)
-        data = b"".join(read_chunk(places[number], *rest) for number, *rest in chunks)
-        item_bytes = _ITEM_BYTES.get(dtype) or np.dtype(_NUMPY[dtype]).itemsize
-        assert len(data) == math.prod(shape) * item_bytes
-        return Array(dtype, tuple(shape), data, library)
+    def _part(self, url: str, number: int, part: dict[str, Any], pieces: dict[str, list[Piece]]) -> bytes:
+        """Collect what one rank holds of each array. Returns its document."""
+        data = (self._folders[url] / part["key"]).read_bytes()
+        assert (len(data), blake3(data).hexdigest()) == (part["size_bytes"], part["blake3"])
+        assert data.startswith(MAGIC)
+        version, rank, homes, objects, entries, document = msgspec.msgpack.decode(data[len(MAGIC) :])
+        assert (version, rank) == (1, number)
+        places = [self._folders[[url, *homes][home]] / key for home, key, _ in objects]
+        for name, dtype, shape, global_shape, offsets, library, chunks in entries:
+            held = b"".join(read_chunk(places[number], *rest) for number, *rest in chunks)
+            assert len(held) == math.prod(shape) * item_bytes(dtype)
+            pieces.setdefault(name, []).append(Piece(dtype, shape, global_shape, offsets, library, held))
+        assert isinstance(document, bytes)
+        return document
+
+
+def item_bytes(dtype: str) -> int:
+    return _ITEM_BYTES.get(dtype) or np.dtype(_NUMPY[dtype]).itemsize
+
+
+def join(pieces: list[Piece]) -> Array:
+    """The whole array. Every element must come from exactly one rank."""
+    dtype, shape, library = pieces[0].dtype, pieces[0].global_shape, pieces[0].library
+    made = np.zeros(shape, f"V{item_bytes(dtype)}")
+    times = np.zeros(shape, np.int8)
+    for piece in pieces:
+        assert (piece.dtype, piece.global_shape) == (dtype, shape)
+        there = tuple(slice(a, a + n) for a, n in zip(piece.offsets, piece.shape, strict=True))
+        made[there] = np.frombuffer(piece.data, made.dtype).reshape(piece.shape)
+        times[there] += 1
+    assert (times == 1).all()
+    return Array(dtype, tuple(shape), made.tobytes(), library)
 
 
 def read_chunk(path: Path, offset: int, length: int, hashes: bytes) -> bytes:

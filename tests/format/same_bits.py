@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
     return (type(value).__name__, value if isinstance(value, (set, bytes, bytearray)) else repr(value))
 
 
-def read_by_holdfast(store: Store, ref: CheckpointRef, open_home: Callable[[str], Store]) -> Any:
+def read_by_holdfast(store: Store, ref: CheckpointRef, open_home: Callable[[str], Store], rank: int = 0) -> Any:
     reader = open_checkpoint(store, ref, open_home)
     with ThreadPoolExecutor(2) as pool:
-        return read_tree(reader, pool, decode_document(reader.part.document))
+        return read_tree(reader, pool, decode_document(reader.document(rank)))

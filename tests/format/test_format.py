@@ -45,19 +45,34 @@ def test_the_sample_of_format_1_reads_as_it_was_written(name: str, steps: list[i
     assert plain(reader.newest(url)) == plain(make_fixture.tree(steps[-1]))
 
 
+def test_the_sample_of_three_ranks_reads_as_it_was_written() -> None:
+    """Arrays in stretches, in columns, in tiles, in one part of three; and what is each rank's own."""
+    folders = make_fixture.folders(SAMPLE)
+    stores = {url: LocalStore(folder) for url, folder in folders.items()}
+    url = f"memory://fixture-{make_fixture.RANKS}"
+    head, reader = read_truth(stores[url]).head, Reader(folders)
+    assert head is not None
+    (ours,), (theirs,) = head.checkpoints, reader.head(url)["checkpoints"]
+    assert len(open_checkpoint(stores[url], ours, stores.__getitem__).parts) == make_fixture.WORLD_SIZE
+    for rank in range(make_fixture.WORLD_SIZE):
+        expected = plain(make_fixture.ranks_tree(rank))
+        assert plain(read_by_holdfast(stores[url], ours, stores.__getitem__, rank)) == expected
+        assert plain(reader.state(url, theirs, rank)) == expected
+
+
 def test_the_sample_is_small_and_refers_across_checkpoints_and_runs() -> None:
     """What the sample is for must be in it: bytes shared between checkpoints, and borrowed from another run."""
     assert sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file()) < 200_000
     folders = make_fixture.folders(SAMPLE)
-    source, borrower = (LocalStore(folder) for folder in folders.values())
-    opener = dict(zip(folders, (source, borrower), strict=True)).__getitem__
+    source, borrower, ranks = (LocalStore(folder) for folder in folders.values())
+    opener = dict(zip(folders, (source, borrower, ranks), strict=True)).__getitem__
     heads = [read_truth(store).head for store in (source, borrower)]
     first, second = (open_checkpoint(source, ref, opener) for ref in heads[0].checkpoints)  # type: ignore[union-attr]
     assert set(first.root.objects) & set(second.root.objects)
     borrowed, own = heads[1].checkpoints  # type: ignore[union-attr]
     assert borrowed.home == next(iter(folders))
     assert open_checkpoint(borrower, own, opener).root.homes == [borrowed.home]
-    dtypes = {entry.dtype for entry in second.part.arrays}
+    dtypes = {array.dtype for array in second.arrays.values()}
     assert len(dtypes) == len(make_fixture.every_dtype())
 
 
@@ -102,14 +117,17 @@ def test_both_read_large_packed_shared_and_borrowed_arrays(tmp_path: Path) -> No
     assert own < 10_000  # the large ones are borrowed
 
 
+@pytest.mark.parametrize("run", [make_fixture.SOURCE, make_fixture.RANKS])
 @pytest.mark.parametrize("kind", ["heads", "checkpoints", "data"])
-def test_the_independent_reader_refuses_an_altered_byte(tmp_path: Path, kind: str) -> None:
+def test_the_independent_reader_refuses_an_altered_byte(tmp_path: Path, kind: str, run: str) -> None:
     """So the document says enough about hashes to find damage anywhere."""
     make_fixture.make(tmp_path)
-    reader, url = Reader(make_fixture.folders(tmp_path)), f"memory://fixture-{make_fixture.SOURCE}"
+    reader, url = Reader(make_fixture.folders(tmp_path)), f"memory://fixture-{run}"
     reader.newest(url)
-    for path in sorted((tmp_path / make_fixture.SOURCE / kind).rglob("*")):
-        if path.is_file() and (kind != "heads" or path.stem.endswith("3")) and "00000002-" not in str(path):
+    newest = max((tmp_path / run / "heads").iterdir())
+    passed_over = "00000002-" if run == make_fixture.SOURCE else "no checkpoint"
+    for path in sorted((tmp_path / run / kind).rglob("*")):
+        if path.is_file() and (kind != "heads" or path == newest) and passed_over not in str(path):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)

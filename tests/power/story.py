@@ -90,7 +90,7 @@ class Trainer:
         if found is None:
             return None
         reader, tree = found
-        self.committer.known.add(reader.ref.name, reader.part, home=None)
+        self.committer.known.add(reader.ref.name, *reader.parts, home=None)
         self.committer.roots.remember(reader.root)
         return tree
 

@@ -13,8 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "che
 @pytest.fixture(autouse=True)
 def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 bytes, at most five in an object, so that small states share and split objects; old heads pruned at once."""
-    from holdfast.checkpoint import heads, write
+    from holdfast.checkpoint import heads, pack, write
 
     monkeypatch.setattr(write, "CHUNK_BYTES", 32)
-    monkeypatch.setattr(write, "OBJECT_BYTES", 160)
+    monkeypatch.setattr(pack, "OBJECT_BYTES", 160)
     monkeypatch.setattr(heads, "HEADS_KEPT", 1)

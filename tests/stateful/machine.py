@@ -200,7 +200,7 @@ class RunMachine(RuleBasedStateMachine):
             attempt = Attempt(name, store, lineage, self._committer(store, lineage, keep, tokens))
             found = self._restore(store, head, luck)
             if found is not None:
-                attempt.committer.known.add(found.ref.name, found.part, home=found.ref.home)
+                attempt.committer.known.add(found.ref.name, *found.parts, home=found.ref.home)
                 attempt.committer.roots.remember(found.root)
             self.slots[name] = attempt
 

@@ -14,10 +14,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(_TESTS / "checkpoint"), str(_TES
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 bytes, at most five in an object, so that small states share and split objects."""
-    from holdfast.checkpoint import write
+    from holdfast.checkpoint import pack, write
 
     monkeypatch.setattr(write, "CHUNK_BYTES", 32)
-    monkeypatch.setattr(write, "OBJECT_BYTES", 160)
+    monkeypatch.setattr(pack, "OBJECT_BYTES", 160)
 
 
 @pytest.fixture

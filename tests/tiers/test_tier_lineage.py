@@ -17,7 +17,7 @@ from interleaved import RUN_ID, FakeClock, InlineExecutor, load_tree, no_home
 from parts import garbage, request
 from two_tiers_parts import Attempt, Gate, assert_disk_holds_newest, begin, disk_files, newest_in_store, state
 
-from holdfast.checkpoint import promote, write
+from holdfast.checkpoint import pack, promote, write
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.outcomes import SaveTask
@@ -425,7 +425,7 @@ def test_memory_of_a_promotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Two objects at once, however many there are."""
     object_bytes = 1 << 20
     monkeypatch.setattr(write, "CHUNK_BYTES", object_bytes)
-    monkeypatch.setattr(write, "OBJECT_BYTES", object_bytes)
+    monkeypatch.setattr(pack, "OBJECT_BYTES", object_bytes)
     flat = flatten({"x": np.random.default_rng(0).integers(0, 256, 24 * object_bytes, dtype=np.uint8)})
     tier = Tier(LocalTier(tmp_path), RUN_ID)
     written = write.write_checkpoint(

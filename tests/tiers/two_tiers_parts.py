@@ -145,7 +145,7 @@ def begin(
     if read is not None:
         reader, tree = read
         attempt.restored = number_of(tree)
-        saver.known.add(reader.ref.name, reader.part, home=None)
+        saver.known.add(reader.ref.name, *reader.parts, home=None)
         saver.roots.remember(reader.root)
     return attempt
 

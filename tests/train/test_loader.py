@@ -355,7 +355,9 @@ def test_workers_survive_group_signals_and_end_with_the_main_process(method: str
                 process.stdin.write("\n")
                 process.stdin.flush()
             assert process.wait(timeout=60) == (-signal.SIGKILL if killed else 0)
-            assert select.select([ended], [], [], 30)[0], "the worker outlived the main process"
+            exits = select.poll()
+            exits.register(ended, select.POLLIN)
+            assert exits.poll(30_000), "the worker outlived the main process"
         finally:
             os.close(ended)
     expected = taken(resumable(DataLoader(Augmented(), 4, shuffle=True, collate_fn=masking)).iterate(0, 0))[:4]

@@ -3,7 +3,8 @@
 An `ArraySpec` describes bytes: dtype, the shape of the part held here, and where that part lies in the global tensor (so that a
 tensor sharded over ranks is described by the same words). An `ArrayAdapter` knows one library's arrays: it recognises them, copies
 them into staging, and makes or fills them at restore. numpy's adapter is here; torch's is in `torch_arrays.py` and is loaded only
-when the process has already imported torch.
+when the process has already imported torch; that of its sharded tensors is in `dtensors.py`, loaded only when the process has
+imported those.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ __all__ = [
     "NumpyAdapter",
     "adapter_for",
     "adapter_named",
+    "can_be_sharded",
     "elements",
+    "is_sharded",
 ]
 
 DTYPE_BYTES: dict[str, int] = {
@@ -133,6 +136,15 @@ class ArrayAdapter(Protocol):
         """Copy `source` (made by `allocate`) into `target`, which may lie on another device."""
         ...
 
+    def rows(self, value: Any, start: int, stop: int) -> Any:
+        """Rows [start, stop) along dimension 0, without a copy."""
+        ...
+
+    def holders(self, value: Any) -> tuple[int, ...] | None:
+        """The global ranks that hold this very shard, this one included, as far as the value itself knows (others may, too: see
+        `shares.agree_on_shards`); None for an array that is not sharded."""
+        ...
+
 
 _NUMPY_NAMES = {
     np.dtype(np.bool_): "bool",
@@ -227,6 +239,12 @@ class NumpyAdapter:
     def assign(self, target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> None:
         np.copyto(target, source)
 
+    def rows(self, value: np.ndarray[Any, Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+        return value[start:stop]
+
+    def holders(self, value: np.ndarray[Any, Any]) -> None:
+        return None
+
 
 def elements(array: Any, start: int, stop: int) -> Any:
     """Elements [start, stop) of an array of any strides in C order, one-dimensional, copying little more than those."""
@@ -242,6 +260,8 @@ def elements(array: Any, start: int, stop: int) -> Any:
 
 _NUMPY = NumpyAdapter()
 _torch: ArrayAdapter | None = None
+_SHARDED = ("torch.distributed.tensor", "torch.distributed._tensor")
+"""Where torch's sharded tensors are at home; before 2.5 in the second."""
 _BY_TYPE: dict[type, ArrayAdapter] = {np.ndarray: _NUMPY}
 """What is already known of exact types, for speed."""
 
@@ -261,11 +281,30 @@ def adapter_for(value: object) -> ArrayAdapter | None:
     if known is not None:
         return known
     if _torch is not None or "torch" in sys.modules:
-        adapter = _torch or _torch_adapter()
-        if adapter.recognises(value):
-            _BY_TYPE[type(value)] = adapter
-            return adapter
+        for adapter in (*_sharded_adapters(), _torch or _torch_adapter()):
+            if adapter.recognises(value):
+                _BY_TYPE[type(value)] = adapter
+                return adapter
     return None
+
+
+def can_be_sharded() -> bool:
+    """Whether this process knows of sharded tensors at all."""
+    return any(name in sys.modules for name in _SHARDED)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether `value` is an array of which this process may hold a part only."""
+    adapter = adapter_for(value) if can_be_sharded() else None
+    return adapter is not None and adapter.holders(value) is not None
+
+
+def _sharded_adapters() -> tuple[ArrayAdapter, ...]:
+    if not can_be_sharded():
+        return ()
+    from holdfast.checkpoint.dtensors import ADAPTER
+
+    return (ADAPTER,)
 
 
 def adapter_named(library: str) -> ArrayAdapter:

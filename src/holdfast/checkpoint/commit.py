@@ -31,10 +31,19 @@ __all__ = ["Committed", "Committer"]
 
 
 class Committed(NamedTuple):
-    """A checkpoint that a confirmed head names."""
+    """A checkpoint that a confirmed head names. The bytes are those of the whole checkpoint; of its own part, for a rank that is
+    not the first."""
 
     ref: CheckpointRef
-    written: Written
+    total_bytes: int
+    sent_bytes: int
+    written: Written | None = None
+    """Of the whole checkpoint; None on a rank that has written a part of it."""
+
+    @property
+    def deduplicated_bytes(self) -> int:
+        """They were there already."""
+        return self.total_bytes - self.sent_bytes
 
 
 class _Coming(NamedTuple):
@@ -81,10 +90,11 @@ class Committer:
         self._named: _Coming | None = None
         """The checkpoint that a head was last asked to name. Whether it does may still be unknown."""
 
-    def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
+    def commit(self, snapshot: Snapshot, *, finish: bool = False, take: int = 0) -> Committed:
         """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises.
 
-        When the store is full, garbage is swept (orphans of dead attempts may be what fills it) and the save is tried once more.
+        `take` tells snapshots of one step apart, where several ranks must mean the same one. When the store is full, garbage is
+        swept (orphans of dead attempts may be what fills it) and the save is tried once more.
         """
         try:
             return self._commit(snapshot, finish)
@@ -206,7 +216,7 @@ class Committer:
         self._abandoned = set()
         self.known.add(ref.name, written.part)
         self.roots.forget_except(head.checkpoints)
-        return Committed(ref, written)
+        return Committed(ref, written.total_bytes, written.sent_bytes, written)
 
     def sweep(self) -> set[str]:
         """Delete what the newest head condemns; returns the names. Raises what the store raises: garbage is a cost, no danger."""

@@ -328,7 +328,8 @@ def _shape_problem(entry: ArrayEntry) -> str | None:
 
 
 def _chunk_problem(entry: ArrayEntry, objects: list[ObjectRef]) -> str | None:
-    expected, found = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype], 0
+    item_bytes = DTYPE_BYTES[entry.dtype]
+    expected, found = math.prod(entry.shape) * item_bytes, 0
     for chunk in entry.chunks:
         length, offset = chunk.length, chunk.offset
         found += length
@@ -338,4 +339,6 @@ def _chunk_problem(entry: ArrayEntry, objects: list[ObjectRef]) -> str | None:
             return "has a chunk beyond the end of its object"
         if len(chunk.hashes) != HASH_BYTES * -(-length // BLOCK_BYTES):
             return "has a chunk with missing block hashes"
+        if length % item_bytes:
+            return "has a chunk that ends within an element"
     return None if found == expected else f"should have {expected} bytes, its chunks have others"

@@ -170,7 +170,7 @@ def commit_left_behind(
         with suppress(IntegrityError, NotFound):
             if current:
                 reader = open_checkpoint(store, current[-1], open_home)
-                committer.known.add(reader.ref.name, reader.part, home=reader.ref.home)
+                committer.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
                 committer.roots.remember(reader.root)
         return committer.commit(left.snapshot(slot)).ref
 

@@ -13,7 +13,7 @@ from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.request import SaveHandle, SaveState
 from holdfast.checkpoint.tier import Staged
 from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, SaveError, TooManyUnsaved
+from holdfast.core.errors import Fenced, PassedOver, SaveError, TooManyUnsaved
 from holdfast.core.events import Event, Sink
 
 __all__ = ["Outcomes", "SaveTask", "Sent"]
@@ -30,6 +30,8 @@ class SaveTask:
     finish: bool
     taken_s: float
     stall_s: float | None
+    take: int = 0
+    """Of the snapshots of this step, the how manieth."""
 
 
 class Sent(NamedTuple):
@@ -60,15 +62,14 @@ class Outcomes:
         """How quick the newest saves were: to the store, or to a disk that outlives the machine."""
 
     def committed(self, task: SaveTask, done: Committed) -> None:
-        ref, written = done
+        ref = done.ref
         counted = task.handle.done()  # when it was staged, on a disk that outlives the machine
-        durable_s = self._counts(task, written.sent_bytes)
+        durable_s = self._counts(task, done.sent_bytes)
         self.emit(
             "save.committed",
             step=ref.step, epoch=ref.epoch, checkpoint=ref.name, reason=task.reason,
             stall_s=durable_s if task.stall_s is None else task.stall_s, durable_s=durable_s,
-            total_bytes=written.total_bytes, sent_bytes=written.sent_bytes,
-            deduplicated_bytes=written.deduplicated_bytes,
+            total_bytes=done.total_bytes, sent_bytes=done.sent_bytes, deduplicated_bytes=done.deduplicated_bytes,
         )  # fmt: skip
         if not counted:
             self._tell(task, ref)
@@ -105,6 +106,11 @@ class Outcomes:
             self.note(f"after the save of step {task.step}: {type(error).__name__}: {error}")
 
     def failed(self, task: SaveTask, error: BaseException) -> None:
+        if isinstance(error, PassedOver):
+            # A newer one follows, so nothing is amiss.
+            self.emit("save.passed_over", step=task.step, reason=task.reason, error=str(error))
+            task.handle.finish(SaveState.FAILED, error=error)
+            return
         wrapped = error
         if not isinstance(error, SaveError | Fenced):
             wrapped = SaveError(f"the save of step {task.step} failed: {error}")

@@ -13,18 +13,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from operator import attrgetter
+from typing import TypeVar
 
+import numpy as np
 from blake3 import blake3
 
+from holdfast.checkpoint.assemble import Assembled, assemble
 from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import (
     BLOCK_BYTES,
     MAX_PART_BYTES,
-    ArrayEntry,
     CheckpointRef,
-    Chunk,
     Head,
     Part,
     Root,
@@ -33,6 +33,7 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.retain import StoreOpener, read_root
+from holdfast.checkpoint.targets import Target, Wanted, wanted_for
 from holdfast.checkpoint.write import block_hashes
 from holdfast.core.errors import (
     FormatError,
@@ -41,11 +42,10 @@ from holdfast.core.errors import (
     NotFound,
     RestoreError,
     RunRemoved,
-    UsageError,
 )
 from holdfast.store.base import Store
 
-__all__ = ["CheckpointReader", "Fallback", "open_checkpoint", "read_threads", "restore_newest"]
+__all__ = ["CheckpointReader", "Fallback", "Target", "open_checkpoint", "read_part", "read_threads", "restore_newest"]
 
 _SMALL_BYTES = 1 << 20
 _JOIN_GAP_BYTES = 64 << 10
@@ -62,20 +62,11 @@ class Fallback:
     reason: str
 
 
-class _Wanted(NamedTuple):
-    """One chunk and the memory that it goes to."""
-
-    object: int
-    offset: int
-    chunk: Chunk
-    target: memoryview
-    array: str
-
-
 class CheckpointReader:
     """One verified index and access to the bytes behind it. Thread-safe.
 
-    `near` is a disk of this machine that may hold copies of the run's own objects: what is there and verifies is read from there.
+    `parts` are those of the root, by rank. `near` is a disk of this machine that may hold copies of the run's own objects: what is
+    there and verifies is read from there. Raises FormatError when the parts do not fit together.
     """
 
     def __init__(
@@ -83,7 +74,7 @@ class CheckpointReader:
         store: Store,
         ref: CheckpointRef,
         root: Root,
-        part: Part,
+        parts: Sequence[Part],
         open_home: StoreOpener,
         near: Store | None = None,
     ) -> None:
@@ -91,21 +82,29 @@ class CheckpointReader:
         self._near_keys = set() if near is None else _keys_on(near)
         self.ref = ref
         self.root = root
-        self.part = part
-        self.entries: dict[str, ArrayEntry] = {entry.name: entry for entry in part.arrays}
-        self._stores = [store, *(open_home(home) for home in part.homes)]
+        self.parts = tuple(parts)
         self._label = f"{store.url}/{ref.name}"
+        self.arrays: dict[str, Assembled] = assemble(self.parts, what=self._label)
+        homes = {home: open_home(home) for home in dict.fromkeys(home for part in parts for home in part.homes)}
+        self._objects = [
+            (homes[part.homes[target.home - 1]] if target.home else store, target)
+            for part in parts for target in part.objects
+        ]  # fmt: skip
+
+    def document(self, rank: int = 0) -> bytes:
+        """What the rank's state consists of."""
+        return self.parts[rank].document
 
     def read(
         self,
-        wanted: Iterable[tuple[ArrayEntry, memoryview]],
+        wanted: Iterable[Target],
         pool: ThreadPoolExecutor,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Fill each buffer with its array's bytes, verified. `progress` is told the bytes as they arrive, from any thread.
+        """Fill each target, verified. `progress` is told the bytes as they arrive, from any thread.
 
-        Raises IntegrityError when bytes do not match, NotFound when an object is missing, UsageError for a buffer of the wrong
-        size; the buffers then hold no usable data.
+        Raises IntegrityError when bytes do not match, NotFound when an object is missing, UsageError for memory of the wrong size;
+        the memory then holds no usable data.
         """
         with collector_paused():
             tasks = self._tasks(wanted, progress or (lambda count: None))
@@ -119,43 +118,37 @@ class CheckpointReader:
         for error in sorted(errors, key=lambda error: isinstance(error, IntegrityError | NotFound)):
             raise error
 
-    def _tasks(
-        self, wanted: Iterable[tuple[ArrayEntry, memoryview]], progress: Callable[[int], None]
-    ) -> list[Callable[[], None]]:
+    def _tasks(self, targets: Iterable[Target], progress: Callable[[int], None]) -> list[Callable[[], None]]:
         tasks: list[Callable[[], None]] = []
-        small: list[_Wanted] = []
-        for entry, buffer in wanted:
-            position, size_bytes = 0, len(buffer)
-            for chunk in entry.chunks:
-                length = chunk.length
-                target = buffer if length == size_bytes else buffer[position : position + length]
-                item = _Wanted(chunk.object, chunk.offset, chunk, target, entry.name)
-                position += length
-                if length >= _SMALL_BYTES:
-                    tasks.append(partial(self._read_chunk, item, progress))
+        small: list[Wanted] = []
+        for target in targets:
+            for item in wanted_for(target):
+                if item.length >= _SMALL_BYTES:
+                    tasks.append(partial(self._read_blocks, item, progress))
                 else:
                     small.append(item)
-            if position != size_bytes:
-                raise UsageError(f"array {entry.name!r} has {position} bytes, its buffer {size_bytes}")
         tasks.extend(partial(self._read_group, group, progress) for group in _groups(small))
         return tasks
 
-    def _read_chunk(self, item: _Wanted, progress: Callable[[int], None]) -> None:
-        self._read_nearest(item.object, lambda store, key: None if _fill(store, key, item) else item)
-        progress(item.chunk.length)
+    def _read_blocks(self, item: Wanted, progress: Callable[[int], None]) -> None:
+        target = np.empty(item.length, np.uint8).data if item.target is None else item.target
+        self._read_nearest(item.object, lambda store, key: None if _fill(store, key, item, target) else item)
+        if item.place is not None:
+            item.place(target)
+        progress(item.length)
 
-    def _read_group(self, group: Sequence[_Wanted], progress: Callable[[int], None]) -> None:
+    def _read_group(self, group: Sequence[Wanted], progress: Callable[[int], None]) -> None:
         self._read_nearest(group[0].object, lambda store, key: _fill_group(store, key, group))
-        progress(sum(item.chunk.length for item in group))
+        progress(sum(item.length for item in group))
 
-    def _read_nearest(self, number: int, fill: Callable[[Store, str], _Wanted | None]) -> None:
+    def _read_nearest(self, number: int, fill: Callable[[Store, str], Wanted | None]) -> None:
         """`fill` reads from a store and returns what does not verify. What the disk lacks or has altered comes from the store."""
-        reference = self.part.objects[number]
+        store, reference = self._objects[number]
         if self._near is not None and reference.home == 0 and reference.key in self._near_keys:
             with suppress(HoldfastError):
                 if fill(self._near, reference.key) is None:
                     return
-        altered = fill(self._stores[reference.home], reference.key)
+        altered = fill(store, reference.key)
         if altered is not None:
             raise IntegrityError(
                 f"{self._label}: array {altered.array!r}: bytes do not match their hash; the object has been altered or torn"
@@ -169,36 +162,40 @@ def _keys_on(disk: Store) -> set[str]:
         return set()
 
 
-def _fill(store: Store, key: str, item: _Wanted) -> bool:
+def _fill(store: Store, key: str, item: Wanted, target: memoryview) -> bool:
     """From a disk block by block, each hashed while it is in the CPU's cache; over a network by one request."""
-    step_bytes = BLOCK_BYTES if store.is_near else item.chunk.length
+    step_bytes = BLOCK_BYTES if store.is_near else item.length
     hashes = []
-    for start in range(0, item.chunk.length, step_bytes):
-        piece = item.target[start : start + step_bytes]
+    for start in range(0, item.length, step_bytes):
+        piece = target[start : start + step_bytes]
         store.read_into(key, item.offset + start, piece)
         hashes.append(block_hashes(piece))
-    return b"".join(hashes) == item.chunk.hashes
+    return b"".join(hashes) == item.hashes
 
 
-def _fill_group(store: Store, key: str, group: Sequence[_Wanted]) -> _Wanted | None:
+def _fill_group(store: Store, key: str, group: Sequence[Wanted]) -> Wanted | None:
     start = group[0].offset
-    together = memoryview(bytearray(max(item.offset + item.chunk.length for item in group) - start))
+    together = memoryview(bytearray(max(item.offset + item.length for item in group) - start))
     store.read_into(key, start, together)
     for item in group:
-        chunk, offset = item.chunk, item.offset - start
-        data = together[offset : offset + chunk.length]
-        if blake3(data).digest() != chunk.hashes:
+        offset = item.offset - start
+        data = together[offset : offset + item.length]
+        # Less than a block has one hash.
+        if blake3(data).digest() != item.hashes:
             return item
-        item.target[:] = data
+        if item.target is not None:
+            item.target[:] = data
+        elif item.place is not None:
+            item.place(data)
     return None
 
 
-def _groups(small: list[_Wanted]) -> list[list[_Wanted]]:
+def _groups(small: list[Wanted]) -> list[list[Wanted]]:
     """Small chunks that lie close together are fetched by one request."""
-    groups: list[list[_Wanted]] = []
+    groups: list[list[Wanted]] = []
     number, first, end = -1, 0, 0
-    for item in sorted(small, key=itemgetter(0, 1)):
-        last = item.offset + item.chunk.length
+    for item in sorted(small, key=attrgetter("object", "offset")):
+        last = item.offset + item.length
         if item.object != number or item.offset - end > _JOIN_GAP_BYTES or last - first > _JOIN_BYTES:
             number, first, end = item.object, item.offset, last
             groups.append([item])
@@ -214,29 +211,57 @@ def read_threads(store: Store) -> int:
 
 
 def open_checkpoint(
-    store: Store, ref: CheckpointRef, open_home: StoreOpener, near: Store | None = None
+    store: Store,
+    ref: CheckpointRef,
+    open_home: StoreOpener,
+    near: Store | None = None,
+    pool: ThreadPoolExecutor | None = None,
 ) -> CheckpointReader:
-    """Read and verify root and parts. A checkpoint that a fork borrows is read from its home.
+    """Read and verify the root and the parts of all ranks. A checkpoint that a fork borrows is read from its home. Parts are read
+    by `pool`, or by some threads of its own.
 
     Raises IntegrityError or NotFound.
     """
     where = store if ref.home is None else open_home(ref.home)
     root = read_root(where, ref)
-    if root.world_size != 1 or len(root.parts) != 1:
-        raise FormatError(
-            f"{where.url}/{ref.name}: written by {root.world_size} ranks; this version reads single-rank checkpoints"
-        )
-    reference = root.parts[0]
-    data = where.get(reference.key, max_bytes=min(MAX_PART_BYTES, reference.size_bytes))
-    label = f"{where.url}/{reference.key}"
+    label = f"{where.url}/{ref.name}"
+    if root.world_size != len(root.parts) or not root.parts:
+        raise FormatError(f"{label}: written by {root.world_size} ranks, but it has {len(root.parts)} parts")
+    if len(root.parts) == 1:
+        parts = [read_part(where, root, 0)]
+    elif pool is not None:
+        parts = _read_parts(where, root, pool)
+    else:
+        with ThreadPoolExecutor(min(len(root.parts), _FAR_THREADS), thread_name_prefix="holdfast-read") as own:
+            parts = _read_parts(where, root, own)
+    reader = CheckpointReader(where, ref, root, parts, open_home, near if ref.home is None else None)
+    # What a restore allocates is known, and was shown to people, before any of it is allocated.
+    if sum(array.nbytes for array in reader.arrays.values()) != ref.total_bytes:
+        raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")
+    return reader
+
+
+def _read_parts(store: Store, root: Root, pool: ThreadPoolExecutor) -> list[Part]:
+    tasks = [pool.submit(read_part, store, root, rank) for rank in range(len(root.parts))]
+    try:
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def read_part(store: Store, root: Root, rank: int) -> Part:
+    """One rank's part, verified. `store` is the one that the root lies in. Raises IntegrityError or NotFound."""
+    reference = root.parts[rank]
+    data = store.get(reference.key, max_bytes=min(MAX_PART_BYTES, reference.size_bytes))
+    label = f"{store.url}/{reference.key}"
     if digest(data) != reference.blake3:
         raise IntegrityError(f"{label}: the bytes do not match the hash in the root")
     with collector_paused():
         part = decode_part(data, what=label)
-    # What a restore allocates is known, and was shown to people, before any of it is allocated.
-    if sum(entry.spec().nbytes for entry in part.arrays) != ref.total_bytes:
-        raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")
-    return CheckpointReader(where, ref, root, part, open_home, near if ref.home is None else None)
+    if part.rank != rank:
+        raise FormatError(f"{label}: the part of rank {part.rank} where that of rank {rank} is expected")
+    return part
 
 
 def restore_newest(

@@ -10,14 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.commit import Committed, Committer
 from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.handover import Legacy
 from holdfast.checkpoint.heads import Lineage
+from holdfast.checkpoint.joint import JointCommitter, MemberCommitter
 from holdfast.checkpoint.outcomes import Outcomes, SaveTask, Sent
+from holdfast.checkpoint.phases import Chair, Member
 from holdfast.checkpoint.promote import PROMOTION_BYTES
 from holdfast.checkpoint.request import SaveHandle, SaveRequest, SaveState
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener
@@ -74,7 +76,7 @@ class Saver:
     def __init__(
         self,
         store: Store,
-        lineage: Lineage,
+        lineage: Lineage | None,
         *,
         options: SaverOptions,
         open_home: StoreOpener,
@@ -87,18 +89,33 @@ class Saver:
         unsent: Callable[[], dict[str, bytes]] = dict,
         tier: Tier | None = None,
         legacy: Legacy | None = None,
+        party: Chair | Member | None = None,
     ) -> None:
+        """`party`: the other ranks of the job; a member's has no lineage, and writes its part of what rank 0 commits."""
         self._options, self._clock = options, clock
         self._outcomes = Outcomes(max_unsaved=options.max_unsaved, clock=clock, sink=sink, committed=committed)
         self._hashing = DaemonPool(options.hash_threads, "holdfast-hash")
         self._sending = DaemonPool(options.send_threads, "holdfast-send")
-        self._committer = Committer(
-            store, lineage, keep=options.keep, open_home=open_home, clock=clock, tokens=tokens, hashing=self._hashing,
-            sending=self._sending, before_commit=before_commit, figure=figure, unsent=unsent,
-        )  # fmt: skip
-        self._tiers = (
-            None if tier is None else TwoTiers(tier, self._committer, told=self._promoted, note=self._outcomes.note)
-        )
+        workers = {"hashing": self._hashing, "sending": self._sending}
+        self._committer: Committer | MemberCommitter
+        self._tiers: TwoTiers | None = None
+        if lineage is None:
+            self._committer = MemberCommitter(
+                store, member=cast("Member", party), open_home=open_home, tokens=tokens, **workers
+            )
+        else:
+            whole: dict[str, Any] = {
+                "keep": options.keep, "open_home": open_home, "clock": clock, "tokens": tokens, "unsent": unsent,
+                "before_commit": before_commit, "figure": figure, **workers,
+            }  # fmt: skip
+            committer = (
+                Committer(store, lineage, **whole)
+                if party is None
+                else JointCommitter(store, lineage, chair=cast("Chair", party), **whole)
+            )
+            self._committer = committer
+            if tier is not None:
+                self._tiers = TwoTiers(tier, committer, told=self._promoted, note=self._outcomes.note)
         self._legacy = legacy
         self._layout: Layout | None = None
         self._budget: StagingBudget | None = None
@@ -110,6 +127,8 @@ class Saver:
         self._held: _Job | None = None
         self._writing: _Job | None = None
         self._newest: Snapshot | None = None
+        self._taken = (-1, 0)
+        """The step of the newest snapshot, and how many of that step were taken before it."""
         self._condition = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="holdfast-saver", daemon=True)
@@ -287,6 +306,7 @@ class Saver:
         if self._closing:
             raise UsageError("the saver is closed; nothing can be saved any more")
         started_s = self._clock.monotonic_s()
+        self._taken = (request.step, self._taken[1] + 1 if self._taken[0] == request.step else 0)
         layout = self._layout = lay_out(request.flat, self._layout)
         budget = self._plan(layout)
         handle.step = request.step
@@ -312,7 +332,7 @@ class Saver:
         self._newest = snapshot
         now_s = self._clock.monotonic_s()
         self.stall_s_of_last = now_s - started_s
-        job = _Job(snapshot, _task(request, handle, now_s, self.stall_s_of_last))
+        job = _Job(snapshot, self._task(request, handle, now_s, self.stall_s_of_last))
         if hold:
             self._describe(snapshot)
         with self._condition:
@@ -324,6 +344,13 @@ class Saver:
                 if self._legacy is not None and self._writing is not None:
                     self._hashing.submit(self._describe_waiting, job)
         return handle
+
+    def _task(self, request: SaveRequest, handle: SaveHandle, taken_s: float, stall_s: float | None) -> SaveTask:
+        """The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits."""
+        return SaveTask(
+            handle=handle, step=request.step, reason=request.reason, finish=request.finish, taken_s=taken_s,
+            stall_s=stall_s, take=self._taken[1],
+        )  # fmt: skip
 
     def _enqueue(self, job: _Job) -> None:
         job.task.handle.state = SaveState.WAITING
@@ -397,7 +424,7 @@ class Saver:
     def _stream(self, request: SaveRequest, layout: Layout, handle: SaveHandle, started_s: float) -> None:
         snapshot = stream(request.flat, layout, step=request.step, epoch=request.epoch, metadata=request.metadata)
         with self._condition:
-            self._enqueue(_Job(snapshot, _task(request, handle, started_s, None)))
+            self._enqueue(_Job(snapshot, self._task(request, handle, started_s, None)))
         self._drain_snapshots()
         self.stall_s_of_last = self._clock.monotonic_s() - started_s
 
@@ -429,7 +456,7 @@ class Saver:
                     self._hand_over(task, staged)
                     return
                 self._tiers.stand_aside(task)
-            done = self._committer.commit(job.snapshot, finish=task.finish)
+            done = self._committer.commit(job.snapshot, finish=task.finish, take=task.take)
         except BaseException as error:
             self._outcomes.failed(task, error)
             return
@@ -475,10 +502,3 @@ class Saver:
             return
         if deleted:
             self._outcomes.emit("sweep.deleted", objects=len(deleted))
-
-
-def _task(request: SaveRequest, handle: SaveHandle, taken_s: float, stall_s: float | None) -> SaveTask:
-    """The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits."""
-    return SaveTask(
-        handle=handle, step=request.step, reason=request.reason, finish=request.finish, taken_s=taken_s, stall_s=stall_s
-    )

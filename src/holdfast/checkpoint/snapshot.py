@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.checkpoint.arrays import ArraySpec, Copy
+from holdfast.checkpoint.arrays import ArrayAdapter, ArraySpec, Copy
 from holdfast.checkpoint.staging import Slot
 from holdfast.checkpoint.tree import FlatTree, Leaf
 from holdfast.store.base import PAGE_BYTES
@@ -98,11 +98,11 @@ def stage(
     Arrays for which `deferrable` is true are written only by optimizers, so their copy may go on until one steps.
     """
     targets = _targets(flat, layout, slot)
-    by_library: dict[str, list[int]] = {}
+    by_adapter: dict[ArrayAdapter, list[int]] = {}
     for index, leaf in enumerate(flat.leaves):
-        by_library.setdefault(leaf.adapter.library, []).append(index)
+        by_adapter.setdefault(leaf.adapter, []).append(index)
     copies: list[Copy] = []
-    for indices in by_library.values():
+    for indices in by_adapter.values():
         leaves = [flat.leaves[index] for index in indices]
         if slot.unpin is None:
             slot.unpin = leaves[0].adapter.pin([leaf.value for leaf in leaves], slot.address, slot.size_bytes)

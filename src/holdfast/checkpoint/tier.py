@@ -280,11 +280,14 @@ class Tier:
         except HoldfastError:
             return None
         sent = frozenset(record.sent_objects)
-        sent_bytes = sum(reference.size_bytes for reference in opened.part.objects if reference.key in sent)
+        if len(opened.parts) != 1:
+            return None
+        part = opened.parts[0]
+        sent_bytes = sum(reference.size_bytes for reference in part.objects if reference.key in sent)
         total_bytes = ref.total_bytes
         return Staged(
             record,
-            Written(opened.root, ref.root_blake3, opened.part, total_bytes, sent_bytes, total_bytes - sent_bytes, sent),
+            Written(opened.root, ref.root_blake3, part, total_bytes, sent_bytes, total_bytes - sent_bytes, sent),
         )
 
     # ---- tidying
@@ -315,7 +318,7 @@ def load_staged(
     for staged in tier.candidates(store, head):
         written = staged.written
         try:
-            reader = CheckpointReader(store, staged.ref, written.root, written.part, open_home, tier.store)
+            reader = CheckpointReader(store, staged.ref, written.root, [written.part], open_home, tier.store)
             return staged, load(reader)
         except (IntegrityError, NotFound) as error:
             fell_back(Fallback(staged.ref, f"on the local disk: {error}"))

@@ -1,4 +1,4 @@
-"""torch tensors as arrays. The only module of this floor that imports torch.
+"""torch tensors as arrays. Beside `dtensors.py` the only module of this floor that imports torch.
 
 On the CPU a snapshot is a plain parallel copy: overlapping it with the next step costs as much as it saves. On CUDA the copy runs
 on a side stream into pinned staging while forward and backward go on. What only optimizers write (parameters, their state) is
@@ -186,6 +186,12 @@ class TorchAdapter:
     @torch.no_grad()
     def assign(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
+
+    def rows(self, value: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return value.detach()[start:stop]
+
+    def holders(self, value: torch.Tensor) -> tuple[int, ...] | None:
+        return None
 
 
 def _refuse_strange(name: str, value: torch.Tensor) -> None:

@@ -41,7 +41,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 class Leaf(NamedTuple):
     """One array of a tree. `name` is its path, `/`-separated with `~1` for `/` and `~0` for `~` inside a component; where two paths
-    look the same (the keys 1 and "1"), the later one gets `~2`, `~3` and so on at its end."""
+    look the same (the keys 1 and "1"), the later one gets `~2`, `~3` and so on at its end. What is a rank's own ends in `~r<rank>`
+    on all ranks but 0."""
 
     name: str
     value: Any
@@ -101,7 +102,9 @@ def _base64(raw: bytes) -> str:
 
 
 class _Flattener:
-    def __init__(self) -> None:
+    def __init__(self, rank: int, is_own: Callable[[str, Any], bool]) -> None:
+        self._suffix = f"~r{rank}" if rank else ""
+        self._is_own = is_own
         self.leaves: list[Leaf] = []
         self._at: dict[int, list[Leaf]] = {}
         """Leaves by address: only those that begin at the same one can be the same memory."""
@@ -164,9 +167,11 @@ class _Flattener:
             for leaf in here:
                 if leaf.adapter is adapter and adapter.identity(leaf.value) == identity:
                     return {"$": "array", "name": leaf.name, "of": adapter.library}
-        name = path
-        if path in self._names:
-            name = self._free_name(path)
+        suffix = self._suffix if self._suffix and self._is_own(path, value) else ""
+        name = path + suffix
+        if name in self._names:
+            name = self._free_name(path, suffix)
+        if name != path:
             spec = spec._replace(name=name)
         leaf = Leaf(name, value, adapter, spec)
         self._names.add(name)
@@ -177,11 +182,11 @@ class _Flattener:
             self._at[address] = [leaf]
         return {"$": "array", "name": name, "of": adapter.library}
 
-    def _free_name(self, path: str) -> str:
+    def _free_name(self, path: str, suffix: str) -> str:
         number = 2
-        while f"{path}~{number}" in self._names:
+        while f"{path}~{number}{suffix}" in self._names:
             number += 1
-        return f"{path}~{number}"
+        return f"{path}~{number}{suffix}"
 
     def _encode_rare(self, kind: type, value: Any, path: str, depth: int) -> Any:
         if kind is bytes:
@@ -212,12 +217,17 @@ class _Flattener:
         )
 
 
-def flatten(tree: object) -> FlatTree:
+def _nothing(path: str, value: Any) -> bool:
+    return False
+
+
+def flatten(tree: object, *, rank: int = 0, is_own: Callable[[str, Any], bool] = _nothing) -> FlatTree:
     """Take `tree` apart. Arrays that are the same memory (tied weights) become one leaf.
 
+    `is_own(path, array)` says which arrays belong to `rank` alone: their names must not be those of other ranks' arrays.
     Raises UnsupportedState, naming path and type, for anything that cannot be stored.
     """
-    flattener = _Flattener()
+    flattener = _Flattener(rank, is_own)
     with collector_paused():
         document = flattener.encode(tree, "")
     return FlatTree(msgspec.json.encode(document), tuple(flattener.leaves))

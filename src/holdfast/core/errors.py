@@ -10,8 +10,10 @@
     │   └── RunRemoved              the run has been (or is being) removed
     ├── Fenced                      another attempt owns the run now; this process must stop writing
     ├── SaveError                   a checkpoint could not be committed
+    │   ├── PassedOver              a newer snapshot was saved in its place
     │   └── TooManyUnsaved          more saves in a row have failed than `max_unsaved` allows
     ├── RestoreError                no retained checkpoint could be restored
+    ├── RanksApart                  the ranks of a job could not agree: one is missing, or does something else
     ├── IntegrityError              bytes are missing, torn or altered: never loaded, always reported
     │   └── FormatError             the bytes do not follow the format (hostile, torn, or written by a newer version)
     └── StoreError                  the store did not do what was asked
@@ -40,8 +42,10 @@ __all__ = [
     "HoldfastWarning",
     "IntegrityError",
     "NotFound",
+    "PassedOver",
     "PermissionDenied",
     "Preempted",
+    "RanksApart",
     "RestoreError",
     "RunConflict",
     "RunFinished",
@@ -105,12 +109,20 @@ class SaveError(HoldfastError):
     """A checkpoint could not be committed. The previous one still stands."""
 
 
+class PassedOver(SaveError):
+    """Another rank had a newer snapshot already, which is saved in the place of this one."""
+
+
 class TooManyUnsaved(SaveError):
     """More saves in a row have failed than `max_unsaved` allows."""
 
 
 class RestoreError(HoldfastError):
     """No retained checkpoint could be restored; the message says why for each of them."""
+
+
+class RanksApart(HoldfastError):
+    """The ranks of a job could not agree. One is gone, too slow, or does something else than the others."""
 
 
 class IntegrityError(HoldfastError):

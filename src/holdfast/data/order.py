@@ -24,7 +24,7 @@ Every round can be undone, so the rounds are a bijection of the domain, and walk
 the range.
 
 The order does not depend on the world size: it is one global order, from which the ranks of a job take disjoint stretches of each
-global batch (see `position.py`).
+global batch (see `global_batch.py`).
 """
 
 from __future__ import annotations
@@ -74,9 +74,13 @@ class Permutation:
     def take(self, start: int, stop: int) -> NDArray[np.int64]:
         """The indices at positions start .. stop - 1, cut at the length; costs O(stop - start) wherever `start` is."""
         start, stop = max(start, 0), min(stop, self.length)
+        return self.at(np.arange(start, max(start, stop), dtype=np.int64))
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices at any positions, each of them in [0, length)."""
         if self._table is not None:
-            return self._table[start : max(start, stop)].copy()
-        values = self._encrypt(np.arange(start, max(start, stop), dtype=np.uint64))
+            return self._table[positions]
+        values = self._encrypt(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= np.uint64(self.length))
         while outside.size:
             walked = self._encrypt(values[outside])

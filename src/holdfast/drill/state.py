@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from holdfast.checkpoint.format import ArrayEntry, Head
-from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
+from holdfast.checkpoint.assemble import Assembled
+from holdfast.checkpoint.format import Head
+from holdfast.checkpoint.read import CheckpointReader, Target, open_checkpoint
 from holdfast.checkpoint.runs.inspect import current_checkpoints, read_run
 from holdfast.checkpoint.tree import decode_document
 from holdfast.core.errors import FormatError, RestoreError
@@ -67,22 +68,33 @@ def newest_state(store: Store) -> FinalState:
         raise FormatError(f"{store.url}: refers to another run ({url})")
 
     reader = open_checkpoint(store, refs[-1], no_home)
-    document = decode_document(reader.part.document)
+    leaves = _leaves_of(reader, 0)
+    seen = {id(leaf) for leaf in leaves.values()}
+    for rank in range(1, len(reader.parts)):
+        # What all ranks have in common is compared once.
+        mine = {name: leaf for name, leaf in _leaves_of(reader, rank).items() if id(leaf) not in seen}
+        seen |= {id(leaf) for leaf in mine.values()}
+        leaves |= {f"{name} of rank {rank}": leaf for name, leaf in mine.items()}
+    return FinalState(head, refs[-1].step, reader, leaves)
+
+
+def _leaves_of(reader: CheckpointReader, rank: int) -> dict[str, Any]:
+    document = decode_document(reader.document(rank))
     own = document.get("holdfast") or {}
     leaves = dict(_leaves(document.get("tracked") or {}, "", reader))
     leaves = {_with_parameter(name, own.get("parameters") or {}): leaf for name, leaf in leaves.items()}
     for key, name in _OWN.items():
         leaves |= dict(_leaves(own.get(key), name, reader))
-    return FinalState(head, refs[-1].step, reader, leaves)
+    return leaves
 
 
 def _leaves(node: Any, path: str, reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
     items = _items(node)
     if isinstance(node, dict) and node.get("$") == "array":
-        entry = reader.entries.get(str(node.get("name")))
-        if entry is None:
+        array = reader.arrays.get(str(node.get("name")))
+        if array is None:
             raise FormatError(f"{path}: the index does not hold its array")
-        yield path, entry
+        yield path, array
     elif items is None or (isinstance(node, list) and not any(isinstance(item, dict | list) for item in node)):
         yield path, node
     else:
@@ -126,7 +138,7 @@ def compare(one: FinalState, other: FinalState) -> list[Difference]:
                 found.append(Difference(name, f"only the {which} has it", math.inf))
                 continue
             mine, theirs = one.leaves[name], other.leaves[name]
-            if isinstance(mine, ArrayEntry) and isinstance(theirs, ArrayEntry):
+            if isinstance(mine, Assembled) and isinstance(theirs, Assembled):
                 difference = _compare_arrays(name, one.reader, mine, other.reader, theirs, pool)
             else:
                 difference = _compare_values(name, mine, theirs)
@@ -138,20 +150,18 @@ def compare(one: FinalState, other: FinalState) -> list[Difference]:
 def _compare_arrays(
     name: str,
     reader: CheckpointReader,
-    mine: ArrayEntry,
+    mine: Assembled,
     other: CheckpointReader,
-    theirs: ArrayEntry,
+    theirs: Assembled,
     pool: ThreadPoolExecutor,
 ) -> Difference | None:
-    if (mine.dtype, mine.global_shape) != (theirs.dtype, theirs.global_shape):
+    if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
         return Difference(name, f"{_form(mine)} and {_form(theirs)}", math.inf)
-    if [(chunk.length, chunk.hashes) for chunk in mine.chunks] == [
-        (chunk.length, chunk.hashes) for chunk in theirs.chunks
-    ]:
+    if mine.content() == theirs.content():
         return None
-    ours, others = bytearray(mine.spec().nbytes), bytearray(theirs.spec().nbytes)
-    reader.read([(mine, memoryview(ours))], pool)
-    other.read([(theirs, memoryview(others))], pool)
+    ours, others = bytearray(mine.nbytes), bytearray(theirs.nbytes)
+    reader.read([Target(mine, memoryview(ours))], pool)
+    other.read([Target(theirs, memoryview(others))], pool)
     if ours == others:
         return None
     a, b = _numbers(mine.dtype, ours), _numbers(mine.dtype, others)
@@ -201,9 +211,9 @@ def _compare_values(name: str, mine: Any, theirs: Any) -> Difference | None:
 
 
 def _short(value: Any) -> str:
-    text = "an array" if isinstance(value, ArrayEntry) else str(value)
+    text = "an array" if isinstance(value, Assembled) else str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 
-def _form(entry: ArrayEntry) -> str:
-    return f"{entry.dtype}[{', '.join(map(str, entry.global_shape))}]"
+def _form(array: Assembled) -> str:
+    return f"{array.dtype}[{', '.join(map(str, array.shape))}]"

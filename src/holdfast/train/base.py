@@ -83,7 +83,7 @@ def take_base(
             raise
         record.warn(f"the base is not used in this attempt, which goes on from this run's own checkpoint: {error}")
         return lambda: None
-    saver.known.add_base(adopted.part, adopted.home, adopted.keys)
+    saver.known.add_base(adopted.parts, adopted.home, adopted.keys)
     record.say(f"{base.url}: what is the same as in step {adopted.ref.step} of this base is referred to and not sent")
     record.emit("base.adopted", base=where.url, checkpoint=adopted.ref.name, step=adopted.ref.step)
 

@@ -87,6 +87,7 @@ class Emergency:
         self._lock = threading.Condition()
         self._standing: dict[str, Notice] = {}
         self._saves: Saves | None = None
+        self._is_alone = self._decides = True
         self._insured = False
         """A save was begun because of what stands."""
         self._told: tuple[object, ...] | None = None
@@ -136,6 +137,19 @@ class Emergency:
         """Whether a notice stands; read at every boundary, so it is no more than one look."""
         return bool(self._standing)
 
+    @property
+    def way(self) -> WayOut:
+        """How this rank would leave now, as far as it has been decided."""
+        return self._way or WayOut.LIVE
+
+    def go(self, way: WayOut) -> None:
+        """All ranks leave, and this way."""
+        self._way = way
+
+    def join(self, *, coordinates: bool) -> None:
+        """Several ranks: only one decides, and nothing is given up or committed by one of them alone."""
+        self._is_alone, self._decides = False, coordinates
+
     def close(self) -> None:
         """The loop leaves or is done: the watch ends."""
         with self._lock:
@@ -151,7 +165,8 @@ class Emergency:
             self._boundary_s = now_s
             if now_s < self._ask_again_s:
                 return
-        saves.prepare()
+        if self._is_alone:
+            saves.prepare()
         decision = self._decide(saves, boundary_in_s=0.0)
         if not saves.may_copy():
             return
@@ -160,7 +175,7 @@ class Emergency:
             self._sleep(math.inf if advice else self._pause_s(decision, now_s))
         elif decision.action not in _WAYS and (decision.save_again or advice):
             self._insured = True
-            saves.save("notice")
+            saves.insure()
         else:
             self._way = _WAYS.get(decision.action, WayOut.LIVE)
             self._signals.leave(EXIT_PREEMPTED)
@@ -302,9 +317,9 @@ class Emergency:
         now_s, left_s, kept = self._clock.monotonic_s(), self._left_s(), self._reserves()
         if left_s is None or self._given_up or self._is_leaving():
             return 1.0
-        if self._latest_s is None:
+        if self._latest_s is None and self._decides:
             decision = self._decide(saves, boundary_in_s=self._until_boundary_s(saves))
-            if decision.save_again and saves.commit_held():
+            if decision.save_again and self._is_alone and saves.commit_held():
                 # An evaluation, or code between two loops, goes on; what it would lose is made durable beside it.
                 self._insured = True
         latest_s = self._latest_s

@@ -1,13 +1,7 @@
-"""Batches of any loader, from any batch of any epoch: how the loop continues at the exact next sample.
+"""Batches of any loader, from any place of any epoch: how the loop continues at the exact next sample.
 
-    the user's loader                         how a pass starts at batch k
-    -----------------------------------------------------------------------------------------------------------------------
-    DataLoader over a map-style dataset       indices are computed or drawn, no sample is read (`batch_order`)
-    StatefulDataLoader (torchdata)            its own state, as of the batches that the loop has consumed
-    DataLoader over an iterable dataset       the dataset's state, if it has one and there are no workers; else reading and dropping
-    list, tuple, range, array, tensor         indexing
-    anything else that can be iterated again  reading and dropping
-    an iterator                               cannot be started again: refused
+A DataLoader over a map-style dataset has one order per epoch, of which every rank takes its part: indices are computed or drawn,
+and no sample is read to get to a place (`batch_order`). Of any other loader each rank reads its own (`own_sources`).
 
 Reading and dropping is announced by a warning that says what it costs. Whatever draws random numbers in the main process on
 behalf of the loader does so in isolation, under seeds of (seed, epoch, batch): the model's dropout sees the same stream whether
@@ -16,74 +10,67 @@ or not a batch had to be fetched, and a pass that starts at batch k draws what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.collate import default_convert
 
 from holdfast.core.errors import UsageError
+from holdfast.data.global_batch import Micro, check_global_batch
 from holdfast.data.seeds import derive_seed, fold_in
-from holdfast.train.batch_order import EpochOrder, NumberedSampler
-from holdfast.train.loader_twin import LoaderTwin, unwrapped
-from holdfast.train.sample_seeds import (
-    IsolatedRandomness,
-    SeededCollate,
-    SeededDataset,
-    StatefulSeededDataset,
-    seed_all,
-)
+from holdfast.train.loader_source import Circumstances, LoaderSource, Source, cannot_be_random, has_state
+from holdfast.train.loader_twin import unwrapped
+from holdfast.train.own_sources import IterableSource, OwnStateSource, PlainSource
+from holdfast.train.sample_seeds import IsolatedRandomness, seed_all
+from holdfast.train.sampler_parts import sampler_parts
 
 __all__ = ["ResumableLoader"]
 
 _END = object()
 
 
-class _Source(Protocol):
-    """One kind of loader."""
-
-    kind: str
-    isolated: bool
-    """Fetching may draw from the main process's generators, so it happens in isolation."""
-
-    def open(self, epoch: int, start_batch: int) -> tuple[Iterator[Any], int]:
-        """A pass, and how many batches must be taken from it and dropped to be at `start_batch`."""
-        ...
-
-    def check_started(self) -> None:
-        """Called after the first batch of a pass."""
-        ...
-
-    def length(self) -> int | None: ...
-
-    def state(self) -> dict[str, Any] | None: ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def why_skipping(self) -> str:
-        """The reason why batches must be read and dropped, and what would avoid it."""
-        ...
-
-
 class ResumableLoader:
     """Wraps the user's loader, which is not changed. One pass at a time; used by one thread.
 
-    `seed`: the run's seed. `warn`: told, once per resume, when going to a batch means reading the ones before it.
+    `seed`: the run's seed, the same on all ranks. `warn`: told, once per resume, when going to a batch means reading the ones
+    before it. `say`: told what is done differently than the script says.
     """
 
-    def __init__(self, loader: object, *, seed: int, warn: Callable[[str], None]) -> None:
-        self._source = _source_of(loader, seed, warn)
+    def __init__(
+        self,
+        loader: object,
+        *,
+        seed: int,
+        warn: Callable[[str], None],
+        say: Callable[[str], None] = lambda _: None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._world_size = world_size
+        self._source = _source_of(loader, Circumstances(seed, rank, world_size, warn, say))
         self._warn = warn
-        self._root = derive_seed(seed, "loader")
+        # A loader that reads its own must shuffle in the same way on all ranks before it shards.
+        apart = () if self._source.is_own or world_size == 1 else ("rank", rank)
+        self._root = derive_seed(seed, "loader", *apart)
+        self.micro = Micro()
+        """What there is to say about the newest batch handed out."""
 
-    def iterate(self, epoch: int, start_batch: int) -> Iterator[Any]:
-        """Batches start_batch, start_batch + 1, ... of the epoch. Closing the iterator gives the pass up."""
+    def accumulate(self, global_batch: int | None) -> None:
+        """From the next `iterate` on, a step has so many samples over all ranks; None: one batch of the loader on each rank.
+
+        Raises UsageError where that cannot be.
+        """
+        self._source.accumulate(None if global_batch is None else check_global_batch(global_batch, self._world_size))
+
+    def iterate(self, epoch: int, start_batch: int, start_sample: int | None = None) -> Iterator[Any]:
+        """Micro-batches of steps start_batch, start_batch + 1, ... of the epoch, which begin at place start_sample of its order
+        (default: where steps of the size that they have now end). Closing the iterator gives the pass up."""
         source = self._source
-        stream, skip = source.open(epoch, start_batch)
+        if start_sample is None:
+            start_sample = start_batch * (source.step_samples or 0)
+        self.micro = Micro()
+        stream, skip = source.open(epoch, start_batch, start_sample)
         if skip:
             self._warn(
                 f"going to batch {start_batch} of epoch {epoch} reads and drops {skip} batches: {source.why_skipping()}"
@@ -92,30 +79,52 @@ class ResumableLoader:
         for _ in range(skip):
             if next(fetched, _END) is _END:
                 return
-        first = next(fetched, _END)
-        if first is _END:
-            return
-        source.check_started()
-        yield first
-        del first
-        yield from fetched
+        is_first = True
+        while (batch := next(fetched, _END)) is not _END:
+            if is_first:
+                source.check_started()
+                is_first = False
+            self.micro = source.micro()
+            yield batch
+            del batch
 
     def _isolated(self, stream: Iterator[Any], root: int, batch: int) -> Iterator[Any]:
         isolation = IsolatedRandomness()
+        index = 0
         while True:
+            seed = fold_in(root, batch)
             with isolation:
-                seed_all(fold_in(root, batch))
+                seed_all(fold_in(seed, index) if index else seed)
                 fetched = next(stream, _END)
             if fetched is _END:
                 return
             yield fetched
             del fetched
-            batch += 1
+            batch, index = (batch + 1, 0) if self.micro.last else (batch, index + 1)
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """None where the loader does not say."""
+        """How many steps an epoch has from its start; None where the loader does not say."""
         return self._source.length()
+
+    @property
+    def step_samples(self) -> int | None:
+        """How many samples a step has over all ranks; None where the loader does not say, or each is of another size."""
+        return self._source.step_samples
+
+    @property
+    def is_own(self) -> bool:
+        """Each rank reads its own, so a position holds for the same number of ranks only."""
+        return self._source.is_own
+
+    @property
+    def draws_by_batch(self) -> bool:
+        """Which sample is at a place depends on the size of batches."""
+        return self._source.draws_by_batch
+
+    def is_over(self, batch: int, sample: int) -> bool:
+        """Whether the epoch has nothing after so many steps of so many samples."""
+        return self._source.is_over(batch, sample)
 
     def state(self) -> dict[str, Any] | None:
         """What resuming needs beside the position, as of the newest batch handed out; None for loaders that need nothing."""
@@ -130,108 +139,47 @@ class ResumableLoader:
         return {"kind": self._source.kind, "batches_per_epoch": self.batches_per_epoch, **self._source.describe()}
 
 
-def _source_of(loader: Any, seed: int, warn: Callable[[str], None]) -> _Source:
+def _source_of(loader: Any, under: Circumstances) -> Source:
     if isinstance(loader, DataLoader):
         base = unwrapped(loader)
         if base.num_workers and not getattr(base, "in_order", True):
-            warn("in_order=False makes the order of batches a race between workers: holdfast runs this loader in order")
-        if _has_state(base):
-            return _OwnStateSource(loader, seed)
-        return _IterableSource(loader, seed) if isinstance(base.dataset, IterableDataset) else _MapSource(loader, seed)
+            under.warn(
+                "in_order=False makes the order of batches a race between workers: holdfast runs this loader in order"
+            )
+        if has_state(base):
+            return OwnStateSource(loader, under)
+        return IterableSource(loader, under) if isinstance(base.dataset, IterableDataset) else _MapSource(loader, under)
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise UsageError(f"cannot take batches from a {type(loader).__name__}: it is not iterable")
-    return _PlainSource(loader)
+    return PlainSource(loader)
 
 
-def _has_state(candidate: object) -> bool:
-    return callable(getattr(candidate, "state_dict", None)) and callable(getattr(candidate, "load_state_dict", None))
-
-
-def _cannot_be_random(dataset: object) -> bool:
-    """Tensors that are indexed draw nothing, so seeding them would be a cost without a use. Exact types: a subclass may augment."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    if type(dataset) is ConcatDataset:
-        return all(_cannot_be_random(part) for part in dataset.datasets)
-    return type(dataset) is TensorDataset
-
-
-def _length_or_none(sized: Any) -> int | None:
-    try:
-        return len(sized)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-class _LoaderSource:
-    """What all DataLoaders have in common."""
-
-    kind = "dataloader"
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        self._loader = loader
-        self._base = unwrapped(loader)
-        self._order = EpochOrder(self._base, seed, bare=False)
-        self._twin = LoaderTwin(loader, seed, self._parts(seed))
-        self.isolated = self._base.num_workers == 0 or not self._twin.stock
-
-    def _parts(self, seed: int) -> dict[str, Any]:
-        return {}
-
-    def _seeded_parts(self, seed: int, sampler: Any) -> dict[str, Any]:
-        base = self._base
-        kind = StatefulSeededDataset if _has_state(base.dataset) else SeededDataset
-        return {
-            "sampler" if base.batch_sampler is None else "batch_sampler": sampler,
-            "dataset": kind(base.dataset, seed, per_sample=not _cannot_be_random(base.dataset)),
-            "collate_fn": SeededCollate(base.collate_fn, seed),
-        }
-
-    def check_started(self) -> None:
-        return None
-
-    def length(self) -> int | None:
-        return _length_or_none(self._base)
-
-    def state(self) -> dict[str, Any] | None:
-        return None
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        raise UsageError(f"the checkpoint has a loader state, but this {type(self._loader).__name__} keeps none")
-
-    def why_skipping(self) -> str:
-        return "the loader has no state"
-
-    def describe(self) -> dict[str, Any]:
-        base, order = self._base, self._order
-        return {
-            "dataset": type(base.dataset).__name__,
-            "samples": _length_or_none(base.dataset),
-            "batch_size": base.batch_size if order.size is None else order.size,
-            "drop_last": bool(base.drop_last or order.drop_last),
-            "sampler": type(order.sampler).__name__,
-            "num_workers": base.num_workers,
-        }
-
-
-class _MapSource(_LoaderSource):
+class _MapSource(LoaderSource):
     """DataLoader over a map-style dataset: holdfast says which indices come, and seeds each sample."""
 
-    def _parts(self, seed: int) -> dict[str, Any]:
-        base = self._base
-        stock_collate = base.collate_fn is default_collate or base.collate_fn is default_convert
-        if _cannot_be_random(base.dataset) and stock_collate:
-            self._order = EpochOrder(base, seed, bare=True)
-            return {"sampler" if base.batch_sampler is None else "batch_sampler": self._order}
-        return self._seeded_parts(seed, self._order)
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        super().__init__(loader, seed)
+    def __init__(self, loader: Any, under: Circumstances) -> None:
+        parts = sampler_parts(unwrapped(loader), rank=under.rank, world_size=under.world_size, say=under.say)
+        super().__init__(loader, parts, under)
+        self._alone = under.world_size == 1
+        if parts.is_own:
+            under.say(
+                f"the loader's {type(parts.sampler).__name__} shards by itself, so every rank reads what it yields there; in the "
+                "middle of an epoch such a run goes on with the same number of ranks only"
+            )
         if self._twin.stock and self._order.bare:
             self.isolated = False
 
-    def open(self, epoch: int, start_batch: int) -> tuple[Iterator[Any], int]:
-        self._order.epoch, self._order.start, self._order.asked = epoch, start_batch, False
+    def _is_bare(self) -> bool:
+        base = self._base
+        stock_collate = base.collate_fn is default_collate or base.collate_fn is default_convert
+        return stock_collate and cannot_be_random(base.dataset)
+
+    def _parts(self, under: Circumstances) -> dict[str, Any]:
+        return self._sampler_part(self._order) if self._order.bare else self._seeded_parts(under, self._order)
+
+    def open(self, epoch: int, start_batch: int, start_sample: int) -> tuple[Iterator[Any], int]:
+        order = self._order
+        order.epoch, order.batch, order.sample, order.asked = epoch, start_batch, start_sample, False
         return self._twin.open(epoch), 0
 
     def check_started(self) -> None:
@@ -243,121 +191,31 @@ class _MapSource(_LoaderSource):
                 "super().__iter__()"
             )
 
+    def micro(self) -> Micro:
+        # A class that iterates in its own way may yield more than it draws.
+        return self._order.handed.popleft() if self._order.handed else Micro()
 
-class _OwnStateSource(_LoaderSource):
-    """StatefulDataLoader: order and position are its own; where the dataset is map-style, samples are seeded as everywhere."""
-
-    kind = "stateful-dataloader"
-    _loaded = False
-
-    def _parts(self, seed: int) -> dict[str, Any]:
-        if isinstance(self._base.dataset, IterableDataset):
-            return {}
-        return self._seeded_parts(seed, NumberedSampler(self._order))
-
-    def open(self, epoch: int, start_batch: int) -> tuple[Iterator[Any], int]:
-        self._order.epoch = epoch
-        loaded, self._loaded = self._loaded, False
-        return self._twin.open(epoch), 0 if loaded else start_batch
-
-    def state(self) -> dict[str, Any]:
-        with IsolatedRandomness():
-            return cast("dict[str, Any]", self._twin.face.state_dict())
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._twin.load_state_dict(state)
-        self._loaded = True
-
-    def why_skipping(self) -> str:
-        return "the checkpoint has no state of this loader (was it another kind of loader when it was saved?)"
-
-
-class _IterableSource(_LoaderSource):
-    """DataLoader over an iterable dataset."""
-
-    kind = "iterable-dataloader"
-    _loaded = False
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        super().__init__(loader, seed)
-        # With workers, the state is in their copies; a class that iterates in its own way may have read ahead.
-        self._has_state = self._base.num_workers == 0 and self._twin.stock and _has_state(self._base.dataset)
-        self._pass: Iterator[Any] = iter(())
-        self._ended = False
-
-    def open(self, epoch: int, start_batch: int) -> tuple[Iterator[Any], int]:
-        loaded, self._loaded = self._loaded, False
-        ended, self._ended = self._ended, False
-        self._pass = iter(()) if ended else self._twin.open(epoch)
-        return self._pass, 0 if loaded else start_batch
-
-    def state(self) -> dict[str, Any] | None:
-        if not self._has_state:
-            return None
-        # A last batch that is not full has met the dataset's end, after which many datasets are ready for the next epoch: their
-        # state then says "at the start", and only the fetcher knows that this epoch is over.
-        ended = bool(getattr(getattr(self._pass, "_dataset_fetcher", None), "ended", False))
-        return {"dataset": self._base.dataset.state_dict(), "ended": ended}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self._has_state and set(state) == {"dataset", "ended"}:
-            self._base.dataset.load_state_dict(state["dataset"])
-            self._loaded, self._ended = True, state["ended"]
-        # Otherwise the position is still known: batches are read and dropped, with a warning.
-
-    def why_skipping(self) -> str:
-        return (
-            f"{type(self._base.dataset).__name__} is an iterable dataset without a state that can be used here. Give it "
-            "state_dict() and load_state_dict() (and num_workers=0), or use torchdata's StatefulDataLoader, or make it map-style"
-        )
-
-
-class _PlainSource:
-    """No DataLoader: something that yields batches."""
-
-    kind = "iterable"
-
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        self._one_shot = isinstance(batches, Iterator)
-        self._used = False
-        self._indexed = isinstance(batches, Sequence | np.ndarray | torch.Tensor) or not isinstance(batches, Iterable)
-        self.isolated = type(batches) not in (list, tuple, range, np.ndarray, torch.Tensor)
-
-    def open(self, epoch: int, start_batch: int) -> tuple[Iterator[Any], int]:
-        if self._indexed:
-            return self._from(start_batch), 0
-        if self._one_shot and (self._used or start_batch):
-            raise UsageError(
-                f"a {type(self._batches).__name__} can be iterated once only, so it cannot continue at batch {start_batch} of "
-                f"epoch {epoch}; give run.batches() something that can be iterated again: a DataLoader, a list, or an object "
-                "with __iter__"
+    def accumulate(self, global_batch: int | None) -> None:
+        parts = self._order.parts
+        if global_batch is not None and parts.size is None:
+            why = (
+                "automatic batching is off" if parts.one_by_one else f"{type(parts.sampler).__name__} makes its batches"
             )
-        self._used = True
-        with IsolatedRandomness():
-            return iter(self._batches), start_batch
+            raise UsageError(
+                f"global_batch={global_batch} is cut into micro-batches of the loader's batch_size, and this loader has none "
+                f"({why}). Give the DataLoader batch_size=…, or leave global_batch out"
+            )
+        if parts.is_own:
+            super().accumulate(global_batch)
+        self._order.global_batch = global_batch
 
-    def _from(self, start_batch: int) -> Iterator[Any]:
-        for batch in range(start_batch, len(self._batches)):
-            yield self._batches[batch]
+    @property
+    def step_samples(self) -> int | None:
+        return None if self._order.parts.ready else self._order.cut.global_batch
 
-    def check_started(self) -> None:
-        return None
+    def is_over(self, batch: int, sample: int) -> bool:
+        return self._order.is_over(batch, sample)
 
     def length(self) -> int | None:
-        return _length_or_none(self._batches)
-
-    def state(self) -> dict[str, Any] | None:
-        return None
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        raise UsageError(f"the checkpoint has a loader state, but a {type(self._batches).__name__} keeps none")
-
-    def why_skipping(self) -> str:
-        return (
-            f"a {type(self._batches).__name__} can only be read from its start. A DataLoader over a map-style dataset, or a "
-            "list of batches, is resumed without reading"
-        )
-
-    def describe(self) -> dict[str, Any]:
-        return {"type": type(self._batches).__name__}
+        as_it_is = self._alone and self._order.global_batch is None
+        return super().length() if as_it_is else self._order.steps

@@ -1,7 +1,7 @@
-"""The loops over epochs and batches, and what happens between two iterations: the step boundary.
+"""The loops over epochs and batches.
 
-    epochs → batches → next batch (a wait that a notice may end) → the script's step → boundary: progress, failures of background
-    saves, what a notice asks for, saves that are due, leaving
+    epochs → batches → next micro-batch (a wait that a notice may end) → the script's work on it → was it the step's last? →
+    the step boundary (crossing.py)
 
 Place (place.py) says where the run stands; a finished run's loops yield nothing.
 """
@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from holdfast.core.contract import Phase
 from holdfast.ledger.doings import Doing
-from holdfast.train.emergency import Emergency
+from holdfast.train.crossing import Crossing
 from holdfast.train.leaving import Leaving
 from holdfast.train.place import Place
 from holdfast.train.record import Record
@@ -38,11 +38,11 @@ class Loops:
         place: Place,
         record: Record,
         signals: Signals,
-        emergency: Emergency,
         leaving: Leaving,
+        crossing: Crossing,
     ) -> None:
         self._session, self._tracker, self._place, self._record = session, tracker, place, record
-        self._signals, self._emergency, self._leaving = signals, emergency, leaving
+        self._signals, self._leaving, self._crossing = signals, leaving, crossing
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are left, starting in the one that the checkpoint was made in."""
@@ -55,37 +55,39 @@ class Loops:
                 yield self._place.begin_epoch()
                 self._place.leave_open_loop(counts=self._session.gate.any_stepped)
                 self._place.end_epoch()
-                self._boundary(epoch_ended=True)
+                self._crossing.cross(self._session.saves, epoch_ended=True)
         finally:
             self._record.stopwatch.enter(before)
             self._place.leave_epochs(token)
 
-    def batches(self, loader: Iterable[Batch], epochs: int | None) -> Iterator[Batch]:
+    def batches(self, loader: Iterable[Batch], epochs: int | None, global_batch: int | None = None) -> Iterator[Batch]:
         """Those that are left of this epoch, or of that many epochs."""
         if epochs is None and self._place.in_iteration:
-            yield from self._one_loop(loader, nested=True)
+            yield from self._one_loop(loader, global_batch, nested=True)
             return
         self._place.refuse_second_loop()
         if epochs is None:
             self._place.refuse_second_pass()
         for _ in self.epochs(1 if epochs is None else epochs):
-            yield from self._one_loop(loader, nested=False)
+            yield from self._one_loop(loader, global_batch, nested=False)
 
-    def _one_loop(self, loader: Iterable[Batch], *, nested: bool) -> Iterator[Batch]:
+    def _one_loop(self, loader: Iterable[Batch], global_batch: int | None, *, nested: bool) -> Iterator[Batch]:
         place, gate, saves = self._place, self._session.gate, self._session.saves
-        token = place.enter_loop(loader)
+        token = place.enter_loop(loader, global_batch)
         if token is None or saves is None:
             return
         self._tracker.driven(loader)
         # What is only held in memory was for leaving during the code between two loops.
         saves.drop_held()
-        can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting else None
+        # Among several ranks all leave at the same step, which others may be computing already.
+        can_stop: Literal["waiting"] | None = "waiting" if place.can_stop_waiting and self._crossing.is_alone else None
         stream, stopwatch = place.rest(), self._record.stopwatch
         try:
             while True:
                 stopwatch.enter(Doing.DATA)
                 try:
-                    self._signals.region = can_stop
+                    # Between two micro-batches of a step gradients are pending: nothing may be saved there.
+                    self._signals.region = None if place.in_batch else can_stop
                     batch = next(stream, _END)
                     self._signals.region = None
                 except LeaveNow:
@@ -93,13 +95,13 @@ class Loops:
                 if batch is _END:
                     break
                 stopwatch.enter(Doing.STEP)
-                place.batch_begins()
-                gate.begin_iteration()
+                if place.micro_begins():
+                    gate.begin_iteration()
                 yield batch  # type: ignore[misc]
                 # The user may let go of a batch while the next one is made: so must we.
                 del batch
-                place.batch_done()
-                self._boundary()
+                if place.micro_done():
+                    self._crossing.cross(saves, epoch_ended=False)
         finally:
             self._signals.region = None
             # Around this loop is one over epochs.
@@ -118,7 +120,8 @@ class Loops:
         before = self._record.stopwatch.enter(Doing.EVALUATION)
         try:
             # After a `break` nothing is held: it cannot be told from an exception, which must not make a checkpoint.
-            self._signals.region = "evaluating" if saves is not None and not place.in_batch and not place.cut else None
+            can_stop = saves is not None and not place.in_batch and not place.cut and self._crossing.is_alone
+            self._signals.region = "evaluating" if can_stop else None
             if self._signals.region and self._signals.leaving is not None:
                 raise LeaveNow
             yield
@@ -130,18 +133,3 @@ class Loops:
             self._signals.region = None
             self._record.stopwatch.enter(before)
             self._record.entered(Phase.FINISHED if saves is None else Phase.TRAINING)
-
-    def _boundary(self, *, epoch_ended: bool = False) -> None:
-        saves = self._session.saves
-        if saves is None:
-            return
-        self._record.stepped(self._place.step)
-        self._record.display.step(self._place.step, self._place.position.epoch, self._place.expected_steps)
-        saves.check()
-        if self._emergency.stands and self._signals.leaving is None:
-            self._emergency.boundary(saves)
-        if self._signals.leaving is None:
-            may_begin = not self._emergency.stands or self._emergency.allows_save(saves)
-            saves.boundary(epoch_ended=epoch_ended, may_begin=may_begin)
-        elif saves.may_copy():
-            self._leaving.with_live_state(saves)

@@ -22,7 +22,7 @@ from holdfast.core.errors import DifferentRun, RunRemoved, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
-__all__ = ["Claim", "StoreFactory", "choose_url", "identity_digest", "open_run", "refuse_many_processes", "wants_fresh"]
+__all__ = ["Claim", "StoreFactory", "choose_url", "identity_digest", "open_run", "wants_fresh"]
 
 
 class StoreFactory(Protocol):
@@ -33,11 +33,12 @@ class StoreFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run that is open. `lineage` is None for a finished run, which is only read."""
+    """A run that is open. `lineage` is None for a finished run, which is only read, and on ranks whose claim is rank 0's."""
 
     record: RunRecord
     head: Head | None
     lineage: Lineage | None
+    finished: bool
 
 
 def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tuple[str, bool]:
@@ -52,15 +53,6 @@ def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tupl
     if not stem or stem in ("-c", "-m", "ipykernel_launcher"):
         raise UsageError("Run(): name the run's URL; there is no script to derive one from")
     return f"./runs/{stem}", True
-
-
-def refuse_many_processes(environ: Mapping[str, str]) -> None:
-    """Raises UsageError where a launcher has started more than one process of this job."""
-    if int(environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {environ['WORLD_SIZE']}: this version checkpoints runs of one process. "
-            "Use one process, or keep your framework's own checkpoints for now"
-        )
 
 
 def wants_fresh(fresh: bool, environ: Mapping[str, str]) -> bool:
@@ -111,11 +103,11 @@ def open_run(
                 f"or name this URL explicitly to resume it all the same: Run({store.url!r})"
             )
         if head.finished and not extend:
-            return Claim(record, head, None)
+            return Claim(record, head, None, finished=True)
 
     def begin(body: Head) -> Head:
         generation = body.generation + 1 if fresh and body.number else body.generation
         return msgspec.structs.replace(body, identity=identity, generation=generation)
 
     lineage = Lineage(store, record.run_id, clock=clock, tokens=tokens)
-    return Claim(record, lineage.claim(begin, revive=fresh), lineage)
+    return Claim(record, lineage.claim(begin, revive=fresh), lineage, finished=False)

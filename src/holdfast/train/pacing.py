@@ -10,6 +10,8 @@ from holdfast.core.clock import Clock
 from holdfast.policy.interval import (
     Auto,
     AutoContext,
+    EveryEpoch,
+    EverySteps,
     IntervalDecision,
     LoopState,
     LostShare,
@@ -75,7 +77,9 @@ class Pacing:
     def __init__(
         self, triggers: Sequence[Trigger], bound: LostTime | LostShare, rate: PreemptionRate, clock: Clock
     ) -> None:
-        self._triggers, self._bound, self._rate, self._clock = tuple(triggers), bound, rate, clock
+        self._everywhere = tuple(trigger for trigger in triggers if isinstance(trigger, EverySteps | EveryEpoch))
+        self._here = tuple(trigger for trigger in triggers if trigger not in self._everywhere)
+        self._bound, self._rate, self._clock = bound, rate, clock
         self._is_auto = any(isinstance(trigger, Auto) for trigger in triggers)
         self.meter = CostMeter()
         self._saved_step = self._started_step = 0
@@ -96,14 +100,21 @@ class Pacing:
                 AutoContext(save_cost_s=self.meter.cost_s, commit_s=commit_s, rate=self._rate, max_lost_work_s=bound_s)
             )
 
-    def boundary(self, step: int, *, epoch_ended: bool, busy: bool) -> str | None:
-        """Called at every boundary: why a save is due, or None."""
+    def follow(self) -> None:
+        """Another rank watches the time: only what depends on the number of the step is decided here."""
+        self._here, self._is_auto = (), False
+
+    def boundary(self, step: int, *, epoch_ended: bool, busy: bool) -> tuple[str | None, bool]:
+        """Called at every boundary: why a save is due, or None; and whether it is due on all ranks at this step."""
         now_s = self._clock.monotonic_s()
         if not epoch_ended:
             self.meter.stepped(now_s - self._boundary_s, busy)
         self._boundary_s = now_s
         state = LoopState(step, step - self._saved_step, now_s - self._saved_s, epoch_ended)
-        return due(self._triggers, state, self.decision.interval_s)
+        everywhere = due(self._everywhere, state, self.decision.interval_s)
+        if everywhere is not None:
+            return everywhere, True
+        return due(self._here, state, self.decision.interval_s), False
 
     @property
     def began_at(self) -> int:

@@ -3,30 +3,49 @@
 The script runs from its top again after a resume, so code before the place where it was interrupted runs twice and may draw random
 numbers. The generators are therefore set to what the checkpoint holds each time the script comes closer to its old place: at
 restore, when the epoch begins, and when the loop over batches goes on.
+
+With more than one rank every one of them is at the same place of one global order (data/global_batch.py), and a place is a number
+of samples of it. So a run goes on at the exact next sample in a world of another size, except in the middle of an epoch over a
+loader of which each rank reads its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from holdfast.core.errors import UsageError
+from holdfast.data.global_batch import Micro
 from holdfast.data.position import Position
 from holdfast.train.loader import ResumableLoader
-from holdfast.train.rng import capture_rng, restore_rng
+from holdfast.train.rng import capture_rng, restore_rng, seed_rng
 
 __all__ = ["Place"]
 
 _SAME_BATCHES = ("kind", "type", "samples", "batch_size", "sampler")
 """What decides which samples batch k of an epoch holds."""
+_SAME_ORDER = ("kind", "type", "samples", "sampler")
+"""What decides which sample is at place k of it, where the order does not depend on the size of batches."""
 _STATELESS = ("dataloader", "iterable")
 """Loaders without a state of their own: the position alone says where they are, even while a batch is being fetched."""
 
 
 class Place:
-    """Owned by the loop's thread. `warn` is told what a resume costs; `strict` refuses to continue an epoch with other batches."""
+    """Owned by the loop's thread. `warn` is told what a resume costs, `say` what is no more than worth knowing; `strict` refuses to
+    continue an epoch with other batches."""
 
-    def __init__(self, *, seed: int | None, strict: bool, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int | None,
+        strict: bool,
+        warn: Callable[[str], None],
+        say: Callable[[str], None] = lambda _: None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
         self.position = Position()
         self.step = 0
         self.seed = seed
@@ -35,7 +54,8 @@ class Place:
         self.cut = False
         self.current: ResumableLoader | None = None
         self.batch_size: int | None = None
-        self._strict, self._warn = strict, warn
+        self._strict, self._warn, self._tell = strict, warn, say
+        self._told: set[str] = set()
         self._epochs: object | None = None
         self._loop: object | None = None
         self._phase = -1
@@ -43,23 +63,42 @@ class Place:
         self._loaders: dict[int, tuple[Any, ResumableLoader, int]] = {}
         self._nothing_left = False
         self._resumed: dict[str, Any] | None = None
+        self._world_before = world_size
+        self._steps_before: dict[int, int] = {}
+        self._step_samples: dict[int, int] = {}
+        """How many samples a step has, in each loop of an epoch: as the checkpoint has it, and as it is."""
+
+    def joins(self, rank: int, world_size: int) -> None:
+        """Say which rank this is, of how many: before `resume` and the first loop."""
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} of {world_size}: a rank is a number from 0 to {world_size - 1}")
+        if self._passes:
+            raise UsageError("the ranks of a job are known before its first loop")
+        self.rank, self.world_size = rank, world_size
+        self._world_before = world_size
 
     # ---- state
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint remembers."""
-        loader = self.current if self.position.batch else None
+        loader, at = self.current if self.position.batch else None, self.position
+        batches = None if loader is None else {
+            **loader.describe(), "own": loader.is_own, "over": loader.is_over(at.batch, at.samples),
+        }  # fmt: skip
         return {
             "step": self.step,
-            "position": self.position.to_json(),
+            "position": at.to_json(),
             "seed": self.seed,
+            "world_size": self.world_size,
+            "step_samples": {str(phase): samples for phase, samples in self._step_samples.items()},
             "loader": None if loader is None else loader.state(),
-            "batches": None if loader is None else loader.describe(),
+            "batches": batches,
             "rng": capture_rng(),
         }
 
     def resume(self, state: dict[str, Any]) -> list[str]:
-        """Begin where `state` was. Returns lines about what could not be restored on this hardware.
+        """Begin where `state` was: this rank's own where the world has the same size, else any rank's. Returns lines about what
+        could not be restored on this hardware.
 
         The state of an imported checkpoint has no position: the loop begins at its start, its random generators and seed as the
         script has set them, and only the steps are counted on.
@@ -67,14 +106,27 @@ class Place:
         self.step = int(state.get("step", 0))
         if "position" not in state:
             return []
-        self.position = Position.from_json(state["position"])
+        self.position = _position_in(state)
         self.seed = int(state["seed"])
+        self._world_before = int(state.get("world_size", 1))
+        self._steps_before = {int(phase): samples for phase, samples in state.get("step_samples", {}).items()}
         self._resumed = state
-        return restore_rng(state["rng"])
+        return self._restore_generators(state)
+
+    @property
+    def _moved(self) -> bool:
+        """The checkpoint was made by another number of ranks."""
+        return self._world_before != self.world_size
+
+    def _restore_generators(self, state: dict[str, Any]) -> list[str]:
+        if not self._moved:
+            return restore_rng(state["rng"])
+        seed_rng(int(state["seed"]), world_size=self.world_size, rank=self.rank, step=int(state["step"]))
+        return []
 
     def _set_generators(self, *, arrived: bool) -> None:
         if self._resumed is not None:
-            restore_rng(self._resumed["rng"])
+            self._restore_generators(self._resumed)
             if arrived:
                 self._resumed = None
 
@@ -122,7 +174,7 @@ class Place:
 
     # ---- a loop over batches
 
-    def enter_loop(self, loader: Iterable[Any]) -> object | None:
+    def enter_loop(self, loader: Iterable[Any], global_batch: int | None = None) -> object | None:
         """Begin the next loop of this epoch. Returns a token for `leave_loop`, or None when this loop is done and to be skipped."""
         self.refuse_second_loop()
         self._phase += 1
@@ -133,16 +185,16 @@ class Place:
         if self._phase > self.position.phase:
             self.position = self.position.next_phase()
         self.cut = False
-        self.current = self._resumable(loader)
+        self.current = self._resumable(loader, global_batch)
         self._set_generators(arrived=True)
         self._loop = object()
         return self._loop
 
     def rest(self) -> Iterator[Any]:
-        """The batches that are left of the loop that was entered."""
+        """The micro-batches that are left of the loop that was entered."""
         if self.current is None or self._nothing_left:
             return iter(())
-        return self.current.iterate(self.position.epoch, self.position.batch)
+        return self.current.iterate(self.position.epoch, self.position.batch, self.position.samples)
 
     def refuse_second_loop(self) -> None:
         if self._loop is not None:
@@ -163,12 +215,34 @@ class Place:
         """Whether the loop may be left while a batch is being fetched."""
         return self.current is not None and self.current.describe()["kind"] in _STATELESS
 
-    def batch_begins(self) -> None:
-        self.in_batch = True
+    @property
+    def micro(self) -> Micro:
+        """The micro-batch at hand. Raises UsageError outside of an iteration."""
+        if self.current is None or not self.in_batch:
+            raise UsageError("run.micro describes the batch at hand: ask inside the loop over run.batches()")
+        return self.current.micro
 
-    def batch_done(self) -> None:
+    @property
+    def step_samples(self) -> int | None:
+        """How many samples a step of the current loop has over all ranks, where that is known."""
+        return None if self.current is None else self.current.step_samples
+
+    def micro_begins(self) -> bool:
+        """A micro-batch has been handed out. True when a step begins with it."""
+        begins, self.in_batch = not self.in_batch, True
+        return begins
+
+    def micro_done(self) -> bool:
+        """True when the step is complete: its micro-batches have all been consumed."""
+        if not self.micro.last:
+            return False
+        self._step_done()
+        return True
+
+    def _step_done(self) -> None:
+        samples = self.micro.batch_samples
         self.in_batch = False
-        self.position = self.position.after_batch()
+        self.position = self.position.after_batch(samples or 0)
         self.step += 1
 
     def leave_loop(self, token: object | None, *, counts: bool) -> None:
@@ -177,52 +251,122 @@ class Place:
             return  # it was left before, by `leave_open_loop`
         self._loop = None
         if self.in_batch:
-            self.in_batch = False
             self.cut = True
             if counts:
-                self.position = self.position.after_batch()
-                self.step += 1
+                self._step_done()
+            self.in_batch = False
 
     def leave_open_loop(self, *, counts: bool) -> None:
         """A loop whose iterator somebody still holds is over when its epoch or the run is."""
         self.leave_loop(self._loop, counts=counts)
 
-    def _resumable(self, loader: Iterable[Any]) -> ResumableLoader:
+    # ---- the loader, as it was and as it is
+
+    def _resumable(self, loader: Iterable[Any], global_batch: int | None) -> ResumableLoader:
         epoch = self.position.epoch
         # Loaders that are made anew for every epoch must not pile up, with their workers.
         self._loaders = {key: known for key, known in self._loaders.items() if known[2] >= epoch - 1}
         known = self._loaders.get(id(loader))
-        made = ResumableLoader(loader, seed=self.seed or 0, warn=self._warn) if known is None else known[1]
+        made = self._wrap(loader) if known is None else known[1]
+        made.accumulate(global_batch)
         self._loaders[id(loader)] = (loader, made, epoch)
         self.batch_size = getattr(loader, "batch_size", None)
         self._nothing_left = False
         if self._resumed is not None and self.position.batch:
-            saved = self._resumed.get("batches")
-            changed = [] if saved is None else _changes(saved, made.describe())
-            if changed and saved is not None and self.position.batch == saved.get("batches_per_epoch"):
-                # Its last batch is done, and another loader takes over from the next epoch.
-                self._nothing_left = True
-                return made
-            self._check(changed)
-            if self._resumed["loader"] is not None:
-                made.load_state(self._resumed["loader"])
+            self._go_on(made, self._resumed, chosen=global_batch is not None)
+        self._tell_step(made.step_samples, chosen=global_batch is not None)
         return made
 
-    def _check(self, changed: list[str]) -> None:
+    def _wrap(self, loader: Iterable[Any]) -> ResumableLoader:
+        return ResumableLoader(
+            loader, seed=self.seed or 0, warn=self._warn, say=self._say, rank=self.rank, world_size=self.world_size
+        )
+
+    def _go_on(self, made: ResumableLoader, state: dict[str, Any], *, chosen: bool) -> None:
+        """In the middle of an epoch: is this the loader whose batches were consumed? `chosen`: the script says how large a step
+        is."""
+        saved, here = state.get("batches"), made.describe()
+        free = (chosen or self._moved) and not made.draws_by_batch
+        changed = [] if saved is None else _changes(saved, here, _SAME_ORDER if free else _SAME_BATCHES)
+        over = saved is not None and saved.get("over", self.position.batch == saved.get("batches_per_epoch"))
+        if over and (changed or self._moved or here["kind"] == "dataloader"):
+            # Its last batch is done, and another loader, or another number of ranks, takes over from the next epoch.
+            self._nothing_left = True
+            return
+        if self._moved and (made.is_own or (saved is not None and saved.get("own"))):
+            self._check_own(made)
+            return
+        self._check(changed, only_size=not made.draws_by_batch and _changes(saved or {}, here, _SAME_ORDER) == [])
+        if state["loader"] is not None:
+            made.load_state(state["loader"])
+
+    def _check(self, changed: list[str], *, only_size: bool) -> None:
+        """`only_size`: batches have another size and the same order."""
         if not changed:
             return
         what = ", ".join(changed)
         where = f"batch {self.position.batch} of epoch {self.position.epoch}"
         if not self._strict:
-            self._warn(f"strict=False: the loader has changed ({what}); {where} of the new one comes next")
+            comes = f"its next sample comes next, at {where}" if only_size else f"{where} of the new one comes next"
+            self._warn(f"strict=False: the loader has changed ({what}); {comes}")
             return
+        if only_size:
+            raise UsageError(
+                f"the loader has changed in the middle of an epoch ({what}): from {where} on, a step would take another number of "
+                "samples. Pass global_batch=… to run.batches() to say how many it takes whatever the batch_size, or strict=False "
+                "to go on like that (no sample is skipped or repeated)"
+            )
         raise UsageError(
             f"the loader has changed in the middle of an epoch ({what}), so {where} is not the sample that comes next. Finish this "
             "epoch with the old loader and change it at its end, pass strict=False to go on at that batch of the new one (samples "
             "are then repeated or skipped), or fresh=True to start over"
         )
 
+    def _check_own(self, made: ResumableLoader) -> None:
+        ranks = f"{self._world_before} → {self.world_size} ranks"
+        where = f"batch {self.position.batch} of epoch {self.position.epoch}"
+        if not self._strict:
+            self._warn(f"strict=False: {ranks}, and each reads its own; {where} of what each reads now comes next")
+            return
+        raise UsageError(
+            f"{ranks} in the middle of an epoch, and each rank reads its own part of this {made.describe()['kind']}, so {where} is "
+            f"not the sample that comes next. Go on with {self._world_before} until the epoch ends, use a DataLoader over a map-"
+            "style dataset (any number of ranks at any step), or pass strict=False to go on at that batch of the new parts "
+            "(samples are then repeated or skipped)"
+        )
 
-def _changes(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    keys = [*_SAME_BATCHES, *(["batches_per_epoch"] if saved.get("samples") is None else [])]
+    def _tell_step(self, now: int | None, *, chosen: bool) -> None:
+        """Say when a step of this loop takes another number of samples than in the checkpoint."""
+        before = self._steps_before.pop(self.position.phase, None)
+        self._step_samples.pop(self.position.phase, None)
+        if now is not None:
+            self._step_samples[self.position.phase] = now
+        if before is None or now is None or before == now:
+            return
+        if self._moved and not chosen:
+            self._warn(
+                f"a step takes {before} → {now} samples now, since {self._world_before} → {self.world_size} ranks make it; the "
+                f"learning rate is yours. Pass global_batch={before} to run.batches() to keep it"
+            )
+        else:
+            self._say(f"a step takes {before} → {now} samples from step {self.step} on")
+
+    def _say(self, message: str) -> None:
+        """The same words once."""
+        if message not in self._told:
+            self._told.add(message)
+            self._tell(message)
+
+
+def _position_in(state: dict[str, Any]) -> Position:
+    """Positions once counted batches only, of one rank and of one size."""
+    position = Position.from_json(state["position"])
+    size = (state.get("batches") or {}).get("batch_size")
+    if "samples" not in state["position"] and isinstance(size, int):
+        return replace(position, samples=position.batch * size)
+    return position
+
+
+def _changes(saved: dict[str, Any], here: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+    keys = (*keys, *(("batches_per_epoch",) if saved.get("samples") is None else ()))
     return [f"{key} {saved.get(key)!r} → {here.get(key)!r}" for key in keys if saved.get(key) != here.get(key)]

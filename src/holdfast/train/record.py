@@ -17,11 +17,11 @@ from typing import Any
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_CONTROL, Phase, ProgressPage
 from holdfast.core.errors import HoldfastWarning
-from holdfast.core.events import Event
+from holdfast.core.events import Event, Sink
 from holdfast.core.stacks import offer_stacks
 from holdfast.ledger.append import Ledger
 from holdfast.store.base import Store
-from holdfast.train.display import Display
+from holdfast.train.display import Display, display_for
 from holdfast.train.machine import describe_machine
 from holdfast.train.metrics import Logger, Metrics
 from holdfast.train.stopwatch import Stopwatch, attempt_age_s
@@ -39,6 +39,7 @@ class Record:
     def __init__(self, clock: Clock, loggers: Sequence[Logger], display: Display) -> None:
         self._clock, self._loggers, self.display = clock, tuple(loggers), display
         self._page: ProgressPage | None = None
+        self._is_mute = False
         self._metrics: Metrics | None = None
         self._warned: set[str] = set()
         self._told_s = clock.monotonic_s()
@@ -51,11 +52,18 @@ class Record:
             self._page = ProgressPage(Path(environ[ENV_CONTROL]))
             offer_stacks(Path(environ[ENV_CONTROL]))
 
-    def open(self, store: Store, attempt: int, generation: int) -> Ledger:
+    def mute(self) -> None:
+        """Another rank speaks for all: nothing is said and nothing kept by this one, except for its agent."""
+        self._is_mute = True
+        self.display = display_for(False, self._clock, {})
+
+    def open(self, store: Store, attempt: int, generation: int) -> Sink:
         """Begin the record of a claimed attempt."""
         if self._page is not None:
             self._page.claimed(attempt)
         self._told_s = self._clock.monotonic_s()
+        if self._is_mute:
+            return _Nowhere()
         self.ledger = Ledger(store, attempt=attempt, node="0", clock=self._clock, pulse=self._pulse)
         machine, totals = describe_machine(os.environ), self.stopwatch.totals()
         self.emit("attempt.claimed", generation=generation, monotonic_s=self._told_s, **machine, **totals)
@@ -79,6 +87,8 @@ class Record:
             self.progress(snapshot=False)
 
     def say(self, message: str) -> None:
+        if self._is_mute:
+            return
         self.display.above()
         print(f"holdfast: {message}", file=sys.stderr, flush=True)
 
@@ -152,6 +162,11 @@ class Record:
                 ledger.close()
             if page is not None:
                 page.close()
+
+
+class _Nowhere(Sink):
+    def emit(self, event: Event) -> None:
+        return None
 
 
 def warn_user(message: str) -> None:

@@ -2,7 +2,8 @@
 
 Everything that can be compared without reading tensor data is compared first, for every object, so that one error lists all that
 does not fit. Then the bytes go straight into the tensors (those of modules and arrays into their own memory), each block verified,
-and `load_state_dict` is called so that its hooks run.
+and `load_state_dict` is called so that its hooks run. Of what is sharded here each rank reads its own rectangle, however many ranks
+wrote the checkpoint and however it was sharded there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint.arrays import ArraySpec, adapter_for, adapter_named
-from holdfast.checkpoint.format import ArrayEntry
-from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.arrays import ArrayAdapter, ArraySpec, adapter_for, adapter_named
+from holdfast.checkpoint.arrays import is_sharded as is_sharded_array
+from holdfast.checkpoint.assemble import Assembled
+from holdfast.checkpoint.read import CheckpointReader, Target
+from holdfast.checkpoint.regions import Rectangle
 from holdfast.checkpoint.tree import decode_document, unflatten
 from holdfast.core.errors import FormatError, TrackedStateMismatch
+from holdfast.train.optimizers import fit_optimizer, match_by_name, reordered
+from holdfast.train.sharded import Shaping, like_parameters, settle
 from holdfast.train.tracked import Tracked, Tracker
 
 __all__ = ["Loaded", "load_checkpoint", "read_tree"]
@@ -45,12 +50,21 @@ class Loaded:
 
 @dataclass(slots=True)
 class _Destination:
-    """Memory that one array of the checkpoint is read into, and where it goes from there (None: it is already there)."""
+    """Memory that an array of the checkpoint, or this rank's `rectangle` of it, is read into, and where it goes from there
+    (nowhere: it is already there)."""
 
-    entry: ArrayEntry
+    stored: Assembled
     array: Any
+    rectangle: Rectangle | None = None
     is_live: bool = False
     assign_to: list[Any] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.stored.pieces if self.rectangle is None else self.rectangle.size == 0
+
+
+_Destinations = dict[tuple[str, Rectangle | None], _Destination]
 
 
 def read_tree(reader: CheckpointReader, pool: ThreadPoolExecutor, document: Any) -> Any:
@@ -59,13 +73,13 @@ def read_tree(reader: CheckpointReader, pool: ThreadPoolExecutor, document: Any)
 
     def array(name: str) -> Any:
         if name not in made:
-            made[name] = adapter_named(_entry(reader, name).library).allocate(_entry(reader, name).spec())
+            stored = _stored(reader, name)
+            made[name] = adapter_named(stored.library).allocate(stored.spec())
         return made[name]
 
     tree = unflatten(document, array)
-    reader.read(
-        [(_entry(reader, name), _memory(value)) for name, value in made.items() if _entry(reader, name).chunks], pool
-    )
+    found = [(_stored(reader, name), value) for name, value in made.items()]
+    reader.read([Target(stored, _memory(value)) for stored, value in found if stored.nbytes], pool)
     return tree
 
 
@@ -76,14 +90,17 @@ def load_checkpoint(
     *,
     strict: bool,
     progress: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loaded:
-    """Make every tracked object equal to the checkpoint.
+    """Make every tracked object equal to the checkpoint, as `rank` of `world_size` had it; or rank 0, if another number of ranks
+    wrote it. What is sharded is read as it is sharded here.
 
     Raises TrackedStateMismatch (before anything has changed) listing every difference; with `strict=False` what fits is loaded
     and the rest is returned in `skipped`. Raises IntegrityError when bytes do not verify: the objects then hold undefined
     values, and the caller goes on to another checkpoint or gives up.
     """
-    document = decode_document(reader.part.document)
+    document = decode_document(reader.document(rank if len(reader.parts) == world_size else 0))
     if not isinstance(document, dict) or not isinstance(document.get("tracked"), dict):
         raise FormatError("the checkpoint's state document does not hold tracked objects")
     saved: dict[str, Any] = document["tracked"]
@@ -91,29 +108,34 @@ def load_checkpoint(
     untouched = [name for name in tracker.names() if name not in saved] if "position" not in own else []
     differences = _missing(saved, tracker, untouched)
     plan: list[tuple[Tracked, Any]] = []
-    destinations: dict[str, _Destination] = {}
-    parameters = tracker.parameters()
+    destinations: _Destinations = {}
+    parameters, is_sharded = tracker.parameters(), tracker.is_sharded
     for name, tracked in tracker:
         if name not in saved:
             continue
-        tree = _plan_object(reader, tracked, name, saved[name], destinations, differences)
-        if name in parameters:
-            tree = _fit_optimizer(name, tree, own.get("parameters", {}).get(name), parameters[name], differences)
+        before, now = own.get("parameters", {}).get(name), parameters.get(name)
+        places = match_by_name(before, now) if before and now else None
+        templates = _templates(tracked, saved[name], places) if is_sharded else None
+        tree = _plan_object(reader, tracked, name, saved[name], destinations, differences, templates)
+        if now is not None:
+            if before is not None and places is not None:
+                tree, before = reordered(tree, before, now, places)
+            tree = fit_optimizer(name, tree, before, now, differences)
         elif isinstance(tracked.subject, _FIXED_KEYS):
             tree = _fit_keys(name, tree, tracked.state(), differences)
         if tree is not None:
             plan.append((tracked, tree))
     if strict and differences:
         raise _mismatch(reader, differences)
-    wanted = [(item.entry, _memory(item.array)) for item in destinations.values() if item.entry.chunks]
+    wanted = [
+        Target(item.stored, _memory(item.array), item.rectangle) for item in destinations.values() if not item.is_empty
+    ]
     reader.read(wanted, pool, progress)
     for item in destinations.values():
         for target in item.assign_to:
-            adapter = adapter_for(target)
-            if adapter is not None:
-                adapter.assign(target, item.array)
+            _adapter(item.array if is_sharded_array(item.array) else target).assign(target, item.array)
     for tracked, tree in plan:
-        _load(tracked, tree, tracker)
+        _load(tracked, settle(tree) if is_sharded else tree, tracker)
     return Loaded(own, tuple(differences), tuple(untouched))
 
 
@@ -142,66 +164,38 @@ def _plan_object(
     tracked: Tracked,
     name: str,
     node: Any,
-    destinations: dict[str, _Destination],
+    destinations: _Destinations,
     differences: list[str],
+    templates: Any,
 ) -> Any:
-    """The tree to hand to `tracked.load`, with arrays that are still to be filled. Differences are appended."""
+    """The tree to hand to `tracked.load`, with arrays that are still to be filled. Differences are appended. `templates`, if there
+    are any: the tree in which sharded tensors say what their counterparts are to be like."""
     fixed = isinstance(tracked.subject, torch.nn.Module) or adapter_for(tracked.subject) is not None
     current = tracked.state() if fixed else None
     own = dict(_arrays(current, ()))
     if fixed and isinstance(node, dict) and isinstance(current, dict) and "$" not in node:
         node = _fit_module(reader, name, node, current, differences)
 
-    def array(array_name: str) -> Any:
-        entry = _entry(reader, array_name)
-        known = destinations.get(array_name)
+    def array(array_name: str, rectangle: Rectangle | None = None) -> Any:
+        stored = _stored(reader, array_name)
+        known = destinations.get((array_name, rectangle))
         if known is not None and not known.is_live:
             return known.array
-        made = adapter_named(entry.library).allocate(entry.spec())
+        made = adapter_named(stored.library).allocate(_spec(stored, rectangle))
         if known is None:
-            destinations[array_name] = _Destination(entry, made)
+            destinations[array_name, rectangle] = _Destination(stored, made, rectangle)
         else:
             # The bytes are also some module's own memory, which this object must not come to share.
             known.assign_to.append(made)
         return made
 
-    tree = _Placing(reader, own if fixed else {}, destinations, array).build(node)
+    if templates is None:
+        tree = _Placing(reader, own if fixed else {}, destinations, array).build(node)
+    else:
+        tree = Shaping(lambda array_name: _stored(reader, array_name).shape, array).build(node, templates)
     if fixed and not isinstance(tracked.subject, torch.nn.Module):
         _compare(reader, name, node, tracked.subject, differences)
     return tree
-
-
-def _fit_optimizer(
-    name: str, tree: Any, saved: list[list[Any]] | None, here: list[list[Any]], differences: list[str]
-) -> Any:
-    """An optimizer numbers its parameters: state must not reach another parameter than the one that it belongs to.
-
-    Returns the tree without the state of parameters that differ, or None where groups or their sizes differ.
-    """
-    numbers = [(group, number) for group, item in enumerate(tree["param_groups"]) for number in item["params"]]
-    if [group for group, _ in numbers] != [group for group, _, _ in here]:
-        differences.append(
-            f"{name}: parameter groups of {_sizes(numbers)} tensors in the checkpoint, {_sizes(here)} here"
-        )
-        return None
-    for (_, number), before, now in zip(numbers, saved or here, here, strict=True):
-        if before[2] != now[2]:
-            differences.append(
-                f"{name}: parameter {number} {now[1]} has the shape {before[2]} in the checkpoint, {now[2]} here"
-            )
-        elif before[1] != now[1]:
-            differences.append(
-                f"{name}: parameter {number} is {before[1] or 'unnamed'} in the checkpoint, {now[1] or 'unnamed'} here"
-            )
-        else:
-            continue
-        tree["state"].pop(number, None)
-    return tree
-
-
-def _sizes(members: Sequence[Sequence[Any]]) -> list[int]:
-    groups = [member[0] for member in members]
-    return [groups.count(group) for group in range(max(groups, default=-1) + 1)]
 
 
 def _fit_keys(name: str, tree: Any, current: Any, differences: list[str]) -> Any:
@@ -221,7 +215,7 @@ class _Placing:
         self,
         reader: CheckpointReader,
         own: dict[tuple[Any, ...], Any],
-        destinations: dict[str, _Destination],
+        destinations: _Destinations,
         fresh: Callable[[str], Any],
     ) -> None:
         self._reader, self._own, self._destinations, self._fresh = reader, own, destinations, fresh
@@ -238,17 +232,21 @@ class _Placing:
         adapter = adapter_for(target)
         if target is None or adapter is None:
             return self._fresh(name)
-        entry = _entry(self._reader, name)
-        known = self._destinations.get(name)
+        stored = _stored(self._reader, name)
+        rectangle = None
+        if adapter.holders(target) is not None:
+            spec = adapter.spec(name, target)
+            rectangle = Rectangle(spec.offsets, spec.shape)
+        known = self._destinations.get((name, rectangle))
         if known is not None:
             # Tied here or there: the same bytes may have to reach several tensors.
-            if adapter.identity(known.array) != adapter.identity(target):
+            if _adapter(known.array).identity(known.array) != adapter.identity(target):
                 known.assign_to.append(target)
         elif adapter.writable(target) is not None:
-            self._destinations[name] = _Destination(entry, target, is_live=True)
+            self._destinations[name, rectangle] = _Destination(stored, target, rectangle, is_live=True)
         else:
-            made = adapter_named(entry.library).allocate(entry.spec())
-            self._destinations[name] = _Destination(entry, made, assign_to=[target])
+            made = adapter_named(stored.library).allocate(_spec(stored, rectangle))
+            self._destinations[name, rectangle] = _Destination(stored, made, rectangle, assign_to=[target])
         return target
 
 
@@ -276,15 +274,16 @@ def _compare(reader: CheckpointReader, label: str, item: Any, value: Any, differ
             differences.append(f"{label}: is an array on one side and a plain value on the other")
             return False
         return True
-    saved, here = _entry(reader, item["name"]).spec(), adapter.spec(label, value)
-    if (saved.global_shape, saved.dtype) == (here.global_shape, here.dtype):
+    saved, here = _stored(reader, item["name"]), adapter.spec(label, value)
+    if (saved.shape, saved.dtype) == (here.global_shape, here.dtype):
         return True
-    differences.append(f"{label}: {_shape(saved)} in the checkpoint, {_shape(here)} here")
+    before, now = _form(saved.dtype, saved.shape), _form(here.dtype, here.global_shape)
+    differences.append(f"{label}: {before} in the checkpoint, {now} here")
     return False
 
 
-def _shape(spec: ArraySpec) -> str:
-    return f"{spec.dtype}[{', '.join(map(str, spec.global_shape))}]"
+def _form(dtype: str, shape: Sequence[int]) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
 def _mismatch(reader: CheckpointReader, differences: list[str]) -> TrackedStateMismatch:
@@ -299,11 +298,25 @@ def _mismatch(reader: CheckpointReader, differences: list[str]) -> TrackedStateM
     )
 
 
-def _entry(reader: CheckpointReader, name: str) -> ArrayEntry:
-    entry = reader.entries.get(name)
-    if entry is None:
+def _stored(reader: CheckpointReader, name: str) -> Assembled:
+    stored = reader.arrays.get(name)
+    if stored is None:
         raise FormatError(f"the checkpoint's document names the array {name!r}, which its index does not hold")
-    return entry
+    return stored
+
+
+def _spec(stored: Assembled, rectangle: Rectangle | None) -> ArraySpec:
+    whole = stored.spec()
+    return whole if rectangle is None else whole._replace(shape=rectangle.shape, offsets=rectangle.offsets)
+
+
+def _templates(tracked: Tracked, node: Any, places: list[int] | None) -> Any:
+    """What says how an object's state is sharded here, for objects whose state is not their own memory; None where nothing is."""
+    if isinstance(tracked.subject, torch.nn.Module) or adapter_for(tracked.subject) is not None:
+        return None
+    if isinstance(tracked.subject, torch.optim.Optimizer):
+        return like_parameters(tracked.subject, node, places)
+    return None if isinstance(tracked.subject, torch.utils.data.DataLoader) else tracked.state()
 
 
 def _arrays(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -312,6 +325,13 @@ def _arrays(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
     elif isinstance(value, dict) and not path:
         for key, item in value.items():
             yield from _arrays(item, (*path, key))
+
+
+def _adapter(value: Any) -> ArrayAdapter:
+    adapter = adapter_for(value)
+    if adapter is None:
+        raise FormatError("no memory to read an array into")
+    return adapter
 
 
 def _memory(value: Any) -> memoryview:

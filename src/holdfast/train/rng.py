@@ -1,6 +1,9 @@
 """The global random generators of the process: python, numpy, torch on the CPU and on every CUDA device.
 
 They are part of every checkpoint without being asked for, so that dropout, shuffles and noise go on as if nothing had happened.
+Each rank saves its own and gets them back. In a world of another size nobody's stream goes on, so each rank begins a new one,
+seeded by arithmetic that depends on nothing but (seed, world size, rank, step): the same resume gives the same numbers, and no
+two ranks share theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["capture_rng", "preserved_rng", "restore_rng"]
+from holdfast.data.seeds import derive_seed
+
+__all__ = ["capture_rng", "preserved_rng", "restore_rng", "seed_rng"]
 
 
 def capture_rng() -> dict[str, Any]:
@@ -47,6 +52,20 @@ def restore_rng(state: dict[str, Any]) -> list[str]:
     if saved != present and (saved or _cuda_in_use()):
         return [f"random state of {saved} CUDA devices was saved, {present} are here: theirs goes on from its own seed"]
     return []
+
+
+def seed_rng(seed: int, *, world_size: int, rank: int, step: int) -> None:
+    """Begin new streams: each library is seeded with n = derive_seed(seed, "generators", world_size, rank, step, its name); see
+    data/seeds.py. python: random.seed(n); numpy: its two 32-bit halves, low first; torch, on every device: manual_seed(n).
+
+    Numbers of their own, because python and numpy would make the same stream of the same one.
+    """
+    python, numpy, every_device = (
+        derive_seed(seed, "generators", world_size, rank, step, name) for name in ("python", "numpy", "torch")
+    )
+    random.seed(python)
+    np.random.seed([numpy & 0xFFFFFFFF, numpy >> 32])
+    torch.manual_seed(every_device)
 
 
 @contextmanager

@@ -11,23 +11,27 @@ import atexit
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from holdfast.checkpoint.retain import Keep
 from holdfast.checkpoint.saver import SaveHandle, SaverOptions
 from holdfast.checkpoint.tier import LocalTier
 from holdfast.core.clock import Clock, SystemClock
-from holdfast.core.config import Bytes, Duration, format_bytes, parse_bytes
+from holdfast.core.config import Bytes, Duration, format_bytes, parse_bytes, parse_duration_s
 from holdfast.core.contract import ENV_CONTROL, EXIT_FENCED, Phase
 from holdfast.core.errors import Fenced, Preempted, UsageError
 from holdfast.core.ids import TokenSource, random_token
 from holdfast.ledger.doings import Doing
+from holdfast.notice.base import Notice
+from holdfast.notice.words import as_notice, as_word
 from holdfast.policy.interval import SaveEvery, parse_max_lost_work, parse_save_every
 from holdfast.store.open import normalise_url, open_store
 from holdfast.train.base import choose_base
+from holdfast.train.batching import Batching
+from holdfast.train.crossing import Crossing
 from holdfast.train.display import display_for
 from holdfast.train.emergency import Emergency
 from holdfast.train.hearing import Hearing
@@ -35,8 +39,12 @@ from holdfast.train.leaving import LEAVE_WITHIN_S, Leaving
 from holdfast.train.loops import Loops
 from holdfast.train.metrics import Logger
 from holdfast.train.notes import remember
-from holdfast.train.opening import Claim, StoreFactory, choose_url, refuse_many_processes
+from holdfast.train.opening import Claim, StoreFactory, choose_url
 from holdfast.train.place import Place
+from holdfast.train.ranks.joining import join
+from holdfast.train.ranks.together import Together
+from holdfast.train.ranks.words import decode_notice, encode_notice
+from holdfast.train.ranks.world import World, find_world
 from holdfast.train.record import Record
 from holdfast.train.session import Session, SessionOptions
 from holdfast.train.settings import Settings, plain_config
@@ -45,11 +53,10 @@ from holdfast.train.tracked import Tracker
 
 __all__ = ["Run"]
 
-Batch = TypeVar("Batch")
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run:
+class Run(Batching):
     """One logical piece of training under one URL, over all its attempts.
 
     url: where the run's state lives (`s3://…`, `gs://…`, `az://…`, `file:///…`, `./…`); default: `$HOLDFAST_RUN`, else
@@ -61,6 +68,7 @@ class Run:
         keeps one per so much time, and the best by a logged metric.
     max_lost_work: with `"auto"`, the most work that one preemption may cost: a time, or a share of the expected runtime (`"2 %"`).
     max_unsaved: how many saves in a row may fail with a warning; one more raises TooManyUnsaved.
+    commit_timeout: with several ranks, how long one save waits for the slowest before it fails.
     local: a folder on a fast disk of this machine, or a `LocalTier`: checkpoints are written there first, which is quick, go on to
         the URL in the background, and are restored from there when it has them. Only what is at the URL counts as saved.
     staging_cap: the most host memory for snapshots on this machine (`"8 GiB"`); default two snapshots or 40 % of what is free.
@@ -78,7 +86,8 @@ class Run:
     loggers: called with `(step, figures)` for every `log`, in order.
     store_options: the cloud client's own settings (endpoint, region, …).
 
-    A *step* is one iteration of the loop over `batches`. Not thread-safe: a run belongs to the thread that trains.
+    A *step* is one iteration of the loop over `batches`, or all micro-batches of one `global_batch`. Not thread-safe: a run
+    belongs to the thread that trains.
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class Run:
         keep: int | Keep | None = 3,
         max_lost_work: Duration = "10 min",
         max_unsaved: int = 3,
+        commit_timeout: Duration = "10 min",
         local: str | os.PathLike[str] | LocalTier | None = None,
         staging_cap: Bytes | None = None,
         config: Mapping[str, Any] | None = None,
@@ -118,11 +128,12 @@ class Run:
         script = sys.argv[0] if sys.argv else ""
         chosen, is_default_url = choose_url(None if url is None else os.fspath(url), os.environ, script)
         self._url = normalise_url(chosen)
-        clock = clock or SystemClock()
+        self._clock = clock = clock or SystemClock()
+        self._commit_timeout_s = parse_duration_s(commit_timeout)
         self._tracker = Tracker()
         self._record = Record(clock, loggers, display_for(progress, clock, os.environ))
         self._signals = Signals(lambda: self._session.saves is not None and self._session.saves.may_copy(), clock)
-        self._place = Place(seed=seed, strict=strict, warn=self._record.warn)
+        self._place = Place(seed=seed, strict=strict, warn=self._record.warn, say=self._record.say)
         self._hearing = Hearing(notice, clock, self._record.emit, self._record.say)
         self._session = Session(
             SessionOptions(
@@ -148,9 +159,11 @@ class Run:
         )
         self._emergency = Emergency(clock, self._record, self._signals, self._place, self._hearing.acknowledge)
         self._leaving = Leaving(self._place, self._record, self._signals, self._emergency)
+        self._crossing = Crossing(self._place, self._record, self._signals, self._emergency, self._leaving)
         self._loops = Loops(
-            self._session, self._tracker, self._place, self._record, self._signals, self._emergency, self._leaving
+            self._session, self._tracker, self._place, self._record, self._signals, self._leaving, self._crossing
         )
+        self._together: Together | None = None
         self._closed = False
         self._broken: str | None = None
 
@@ -187,13 +200,13 @@ class Run:
     @property
     def finished(self) -> bool:
         """True when the run was complete before this start: the loops yield nothing, and nothing is written."""
-        return self._opened().lineage is None
+        return self._opened().finished
 
     @property
     def attempt(self) -> int:
         """The number of this attempt, from 1; for people. 0 for a finished run that is only read."""
-        lineage = self._opened().lineage
-        return 0 if lineage is None else lineage.head.attempt
+        claim = self._opened()
+        return 0 if claim.finished or claim.head is None else claim.head.attempt
 
     # ---- tracking and restoring
 
@@ -223,17 +236,23 @@ class Run:
             return self._session.restored
         if self._closed:
             raise UsageError("the run is closed; make a new Run to go on")
-        refuse_many_processes(os.environ)
+        world = find_world(os.environ)
         self._tracker.check()
         _open_runs.add(self)
         self._signals.install(os.environ)
         try:
-            self._record.meet_agent(os.environ)
-            self._hearing.start(os.environ, self._emergency.heard)
+            if world.rank > 0:
+                self._record.mute()
+            # One process of each machine speaks with its agent, and listens for its notices.
+            if world.local_rank == 0:
+                self._record.meet_agent(os.environ)
+                self._hearing.start(os.environ, self._heard)
             self._signals.tell(self._hearing.received)
             self._record.entered(Phase.RESTORING)
             self._record.stopwatch.enter(Doing.RESTORE)
-            self._session.open()
+            if not world.is_alone:
+                self._join(world)
+            self._session.open(self._together)
             if self._session.saves is not None:
                 self._emergency.attend(self._session.saves)
             self._record.stopwatch.enter(Doing.PREPARATION)
@@ -244,21 +263,28 @@ class Run:
             raise
         return self._session.restored
 
+    def _join(self, world: World) -> None:
+        """Meet the other ranks of the job."""
+        self._place.joins(world.rank, world.size)
+        self._together = join(
+            world, os.environ, self._clock, lambda word: self._emergency.heard(as_notice(decode_notice(word))),
+            commit_timeout_s=self._commit_timeout_s,
+        )  # fmt: skip
+        self._emergency.join(coordinates=self._together.coordinates)
+        self._crossing.join(self._together)
+
+    def _heard(self, notice: Notice) -> None:
+        """By this process itself, from any thread."""
+        self._emergency.heard(notice)
+        if self._together is not None:
+            self._together.tell(encode_notice(as_word(notice)))
+
     # ---- loops
 
     def epochs(self, total: int) -> Iterator[int]:
         """The epochs that are left, starting in the one that the checkpoint was made in."""
         self._opened()
         yield from self._loops.epochs(total)
-
-    def batches(self, loader: Iterable[Batch], *, epochs: int | None = None) -> Iterator[Batch]:
-        """The batches that are left of this epoch, starting at the exact next one; with `epochs`, of all epochs in one loop.
-
-        Inside `epochs()`, several loops over batches may follow each other in one epoch; those that are done are skipped. Code
-        between two loops runs again when the second is resumed. Outside of `epochs()` and without `epochs`, it is one pass.
-        """
-        self._opened()
-        yield from self._loops.batches(loader, epochs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -344,6 +370,8 @@ class Run:
             ending.callback(self._hearing.close)
             ending.callback(self._emergency.close)
             ending.callback(self._record.close, wait=wait)
+            if self._together is not None:
+                ending.callback(self._together.close)
             ending.callback(self._session.close, LEAVE_WITHIN_S if wait else 0.0)
 
     # ---- internals

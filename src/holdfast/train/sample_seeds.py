@@ -2,8 +2,9 @@
 
 Worker seeds that are stable do not suffice: a worker that starts at batch 100 has not drawn the numbers of batches 0 to 99. So
 nothing is drawn from a stream that outlives a sample: before each sample, python's, numpy's and torch's global generators are
-seeded from (run seed, epoch, place of the sample in the epoch's order), and before each collation from (run seed, epoch,
-batch). The place and not the dataset's index: a sampler with replacement then gives a repeated sample a fresh augmentation.
+seeded from (run seed, epoch, place of the sample in the epoch's order), and before each collation from (run seed, epoch, place of
+the first sample). The place and not the dataset's index: a sampler with replacement then gives a repeated sample a fresh
+augmentation. The place and not the rank: a sample is augmented in the same way whichever rank it falls to.
 
 What flows: the batch sampler of the main process sends a `BatchKey` instead of a bare list of indices; `SeededDataset` (in the
 worker, or in the main process when there are none) turns it into a `FetchedBatch`; `SeededCollate` turns that into what the
@@ -132,7 +133,6 @@ class BatchKey(NamedTuple):
     """What travels to the worker instead of a list of indices. `first`: place of the batch's first sample in the epoch's order."""
 
     epoch: int
-    batch: int
     first: int
     indices: Any
     """A list of indices, or one index where automatic batching is off."""
@@ -144,7 +144,7 @@ class FetchedBatch:
 
     samples: Any
     epoch: int
-    batch: int
+    first: int
 
 
 class SeededDataset:
@@ -161,7 +161,7 @@ class SeededDataset:
     def __getitem__(self, key: BatchKey) -> FetchedBatch:
         if self._per_sample:
             seed_all(fold_in(fold_in(self._root, key.epoch), key.first))
-        return FetchedBatch(self.dataset[key.indices], key.epoch, key.batch)
+        return FetchedBatch(self.dataset[key.indices], key.epoch, key.first)
 
     def __getitems__(self, key: BatchKey) -> FetchedBatch:
         stream = fold_in(self._root, key.epoch)
@@ -175,7 +175,7 @@ class SeededDataset:
                 samples.append(self.dataset[index])
         else:
             samples = [self.dataset[index] for index in key.indices]
-        return FetchedBatch(samples, key.epoch, key.batch)
+        return FetchedBatch(samples, key.epoch, key.first)
 
 
 class StatefulSeededDataset(SeededDataset):
@@ -203,7 +203,7 @@ class SeededCollate:
         self._root = derive_seed(seed, "collate")
 
     def __call__(self, fetched: FetchedBatch) -> Any:
-        seed_all(fold_in(fold_in(self._root, fetched.epoch), fetched.batch))
+        seed_all(fold_in(fold_in(self._root, fetched.epoch), fetched.first))
         return self._collate(fetched.samples)
 
 

@@ -21,6 +21,8 @@ from holdfast.policy.spread import Spread
 from holdfast.train.boundary import StepGate
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
+from holdfast.train.ranks.together import Together
+from holdfast.train.ranks.words import Wish
 from holdfast.train.record import Record
 
 __all__ = ["Capture", "Saves"]
@@ -52,8 +54,16 @@ class Saves:
     """Owned by the loop's thread."""
 
     def __init__(
-        self, saver: Saver, gate: StepGate, pacing: Pacing, place: Place, capture: Capture, record: Record
+        self,
+        saver: Saver,
+        gate: StepGate,
+        pacing: Pacing,
+        place: Place,
+        capture: Capture,
+        record: Record,
+        together: Together | None = None,
     ) -> None:
+        self._together = together
         self._saver, self._gate, self._pacing, self._place = saver, gate, pacing, place
         self._capture, self._record = capture, record
         self._asked: _Asked | None = None
@@ -69,18 +79,34 @@ class Saves:
 
     # ---- at boundaries
 
-    def boundary(self, *, epoch_ended: bool, may_begin: bool = True) -> None:
-        """Save if it is time, or as soon as it may be. `may_begin`: False when the time that is left belongs to a last save."""
+    def boundary(self, *, epoch_ended: bool, may_begin: bool = True, agreed: str | None = None) -> None:
+        """Save if it is time, or as soon as it may be. `may_begin`: False when the time that is left belongs to a last save.
+        `agreed`: why all ranks save at this very boundary."""
         step = self._place.step
         if self._gate.any_stepped:
             self.prepare()
         due = self._pacing.boundary(step, epoch_ended=epoch_ended, busy=self._saver.busy)
-        reason = self._put_off or due or ("asked for" if self._asked is not None else None)
+        reason = self._put_off or agreed
+        for why, everywhere in (due, ("asked for" if self._asked is not None else None, False)):
+            if why is not None and reason is None and (everywhere or not self._wish(why)):
+                reason = why
         if reason is not None and may_begin:
             if self.may_copy():
                 self.save(reason)
             else:
                 self._defer(reason)
+
+    def _wish(self, reason: str) -> bool:
+        """Let all ranks save at a common step. False where this one is alone, and may save by itself."""
+        if self._together is None:
+            return False
+        self._together.wish(Wish("save", reason))
+        return True
+
+    def insure(self) -> None:
+        """Save because of what stands against this machine: now, or at the step that all ranks agree on."""
+        if not self._wish("notice"):
+            self.save("notice")
 
     def prepare(self) -> None:
         """Make room, once the state has its full size: from the first step of an optimizer on. Later calls do nothing."""

@@ -17,13 +17,13 @@ from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.handover import Legacy
 from holdfast.checkpoint.heads import Lineage
-from holdfast.checkpoint.read import CheckpointReader, Fallback, read_threads, restore_newest
+from holdfast.checkpoint.read import CheckpointReader, Fallback, open_checkpoint, read_threads, restore_newest
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
-from holdfast.core.errors import HoldfastError
+from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
 from holdfast.store.base import Store
@@ -33,6 +33,9 @@ from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
+from holdfast.train.ranks.joining import claim_together, restore_together, same_for_all
+from holdfast.train.ranks.sharing import Sharer
+from holdfast.train.ranks.together import Together
 from holdfast.train.record import Record
 from holdfast.train.restoring import Loaded, load_checkpoint
 from holdfast.train.saves import Saves
@@ -87,6 +90,8 @@ class Session:
         self.claim: Claim | None = None
         self.restored = False
         self._is_imported = False
+        self._together: Together | None = None
+        self._sharer: Sharer | None = None
         self._starts = 1
         """How many starts of a trainer led here, this one included. Claims count those of commands too, so they say nothing."""
         self.gate = StepGate({}, lambda: None)
@@ -116,25 +121,21 @@ class Session:
 
     # ---- opening
 
-    def open(self) -> None:
-        """Claim the run and restore. Raises what `Run.restore` says."""
-        options = self._options
+    def open(self, together: Together | None = None) -> None:
+        """Claim the run and restore; with the other ranks, if there are any. Raises what `Run.restore` says."""
+        options, self._together = self._options, together
         self._settings.observe(self._tracker.optimizers(), describe_environment())
-        claim = open_run(
-            self.store,
-            is_default_url=options.is_default_url,
-            identity=identity_digest(self._tracker.describe(), self._settings.config),
-            fresh=wants_fresh(options.fresh, os.environ),
-            extend=options.extend,
-            clock=self._clock,
-            tokens=self._tokens,
-            warn=self._record.warn,
-        )
+        if together is None:
+            claim = self._claim()
+        else:
+            self._refuse_for_one_rank(together)
+            self._sharer = Sharer(together, self._tracker)
+            claim = claim_together(together, self._claim)
         self.claim = claim
-        if claim.lineage is not None:
-            self._tier = self._hold_tier(claim)
-            self._saver = self._start_saver(claim.lineage)
-            if options.base is not None:
+        if not claim.finished:
+            self._tier = self._hold_tier(claim) if together is None else None
+            self._saver = self._start_saver(claim)
+            if options.base is not None and claim.lineage is not None:
                 # Before the restore, which may hand the lineage over to the saver's threads.
                 self._first_save = take_base(
                     options.base, self.store, claim.lineage, self._saver, open_home=self.home, tokens=self._tokens,
@@ -146,12 +147,35 @@ class Session:
         restored = self._load(claim)
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
+        if together is not None:
+            self._place.seed = same_for_all(together, "seed", self._place.seed)
         if self._saver is not None:
             self.saves = self._start_saves(self._saver, claim)
         self.restored = restored is not None
         self._announce(claim, restored)
 
-    def _start_saver(self, lineage: Lineage) -> Saver:
+    def _claim(self) -> Claim:
+        return open_run(
+            self.store,
+            is_default_url=self._options.is_default_url,
+            identity=identity_digest(self._tracker.describe(), self._settings.config),
+            fresh=wants_fresh(self._options.fresh, os.environ),
+            extend=self._options.extend,
+            clock=self._clock,
+            tokens=self._tokens,
+            warn=self._record.warn,
+        )
+
+    def _refuse_for_one_rank(self, together: Together) -> None:
+        if self._options.base is not None:
+            raise UsageError("base=… works with one rank only so far; leave it out to train on several")
+        if self._options.local is not None and together.coordinates:
+            self._record.warn("local=… works with one rank only so far: checkpoints go straight to the run's URL")
+
+    def _start_saver(self, claim: Claim) -> Saver:
+        lineage, head = claim.lineage, claim.head
+        assert head is not None
+        alone = self._together is None and lineage is not None
         return Saver(
             self.store,
             lineage,
@@ -159,13 +183,14 @@ class Session:
             open_home=self.home,
             clock=self._clock,
             tokens=self._tokens,
-            sink=self._record.open(self.store, lineage.head.attempt, lineage.head.generation),
+            sink=self._record.open(self.store, head.attempt, head.generation),
             before_commit=self._record.flush,
             committed=self._committed,
             figure=self._record.watch(self._options.saver.keep.best),
             unsent=self._record.unsent,
             tier=self._tier,
-            legacy=self._legacy(self.store, lineage, self._record.unsent),
+            legacy=self._legacy(self.store, lineage, self._record.unsent) if alone and lineage is not None else None,
+            party=self._together,
         )
 
     def _hold_tier(self, claim: Claim) -> Tier | None:
@@ -203,7 +228,9 @@ class Session:
         self.gate = StepGate(self._tracker.optimizers(), saver.release)
         pacing = Pacing(self._options.triggers, self._options.bound, self._rate(claim), self._clock)
         pacing.begin(self._place.step)
-        return Saves(saver, self.gate, pacing, self._place, self.capture, self._record)
+        if self._together is not None and not self._together.coordinates:
+            pacing.follow()
+        return Saves(saver, self.gate, pacing, self._place, self.capture, self._record, self._together)
 
     def _rate(self, claim: Claim) -> PreemptionRate:
         """What this run itself has seen: every start but this one ended before its time."""
@@ -220,17 +247,32 @@ class Session:
 
             @collector_paused()
             def load(reader: CheckpointReader) -> tuple[CheckpointReader, Loaded]:
-                return reader, load_checkpoint(reader, self._tracker, pool, strict=self._options.strict)
+                return reader, load_checkpoint(
+                    reader, self._tracker, pool, strict=self._options.strict, rank=self._place.rank,
+                    world_size=self._place.world_size,
+                )  # fmt: skip
 
-            found = self._load_staged(head, load) or restore_newest(
-                self.store, head, self.home, load, fell_back=self._fell_back,
-                near=None if self._tier is None else self._tier.store,
-            )  # fmt: skip
+            if self._together is not None:
+                found = self._load_together(self._together, head, load)
+            else:
+                found = self._load_staged(head, load) or restore_newest(
+                    self.store, head, self.home, load, fell_back=self._fell_back,
+                    near=None if self._tier is None else self._tier.store,
+                )  # fmt: skip
         if found is None:
             return None
         reader, loaded = found
         self._adopt(reader, loaded, in_store=any(ref.name == reader.ref.name for ref in head.checkpoints))
         return reader
+
+    def _load_together(
+        self, together: Together, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
+    ) -> tuple[CheckpointReader, Loaded] | None:
+        return restore_together(
+            together, [ref for ref in head.checkpoints if ref.generation == head.generation],
+            lambda ref: load(open_checkpoint(self.store, ref, self.home)), fell_back=self._fell_back,
+            url=self._options.url,
+        )  # fmt: skip
 
     def _load_staged(
         self, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
@@ -264,7 +306,7 @@ class Session:
         else:
             self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
         if self._saver is not None and in_store:
-            self._saver.known.add(reader.ref.name, reader.part, home=reader.ref.home)
+            self._saver.known.add(reader.ref.name, reader.parts[place.rank % len(reader.parts)], home=reader.ref.home)
             self._saver.roots.remember(reader.root)
 
     def _fell_back(self, fallback: Fallback) -> None:
@@ -276,7 +318,7 @@ class Session:
 
     def _announce(self, claim: Claim, restored: CheckpointReader | None) -> None:
         step, position, record = self._place.step, self._place.position, self._record
-        if claim.lineage is None:
+        if claim.finished:
             record.say(
                 f"{self._options.url}: this run is finished at step {step}; nothing is trained. Go on with extend=True"
             )
@@ -295,7 +337,9 @@ class Session:
         resumes = restored is not None and not self._is_imported
         where = f"resumes at step {step} (epoch {position.epoch}, batch {position.batch})" if resumes else "starts"
         lost = f"; {_steps(previous - step)} computed again" if previous > step else ""
-        record.say(f"{self._options.url}: attempt {claim.lineage.head.attempt} {where}{lost}")
+        attempt = claim.head.attempt if claim.head is not None else 0
+        ranks = f" on {place.world_size} ranks" if (place := self._place).world_size > 1 else ""
+        record.say(f"{self._options.url}: attempt {attempt} {where}{ranks}{lost}")
         record.entered(Phase.TRAINING)
 
     # ---- saving
@@ -311,15 +355,16 @@ class Session:
             **describe_state(tracker.optimizers(), tracker.modules()),
             "batch_size": place.batch_size,
             "seed": place.seed,
-            "world_size": 1,
+            "world_size": place.world_size,
             "starts": [self.claim.record.run_id if self.claim is not None else None, self._starts],
             "config": hidden(self._settings.config),
             "script_hyperparameters": self._settings.script,
             "environment": self._settings.environment,
             "tracked": tracker.names(),
         }
+        tree = {"tracked": tracker.state(), "holdfast": own}
         return SaveRequest(
-            flat=flatten({"tracked": tracker.state(), "holdfast": own}),
+            flat=flatten(tree) if self._sharer is None else self._sharer.take(tree, place.step),
             step=place.step,
             epoch=place.position.epoch,
             metadata=metadata,

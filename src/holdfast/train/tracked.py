@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from holdfast.checkpoint.arrays import can_be_sharded, is_sharded
 from holdfast.checkpoint.snapshot import lay_out
 from holdfast.checkpoint.tree import flatten
 from holdfast.core.errors import UsageError
@@ -325,6 +326,17 @@ class Tracker:
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {name: t.subject for name, t in self if isinstance(t.subject, torch.nn.Module)}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any parameter is a tensor of which this rank holds a part."""
+        if not can_be_sharded():
+            return False
+        groups = (group for optimizer in self.optimizers().values() for group in optimizer.param_groups)
+        one_of_each = {type(parameter): parameter for group in groups for parameter in group["params"]}
+        for module in self.modules().values():
+            one_of_each |= {type(parameter): parameter for parameter in module.parameters()}
+        return any(is_sharded(parameter) for parameter in one_of_each.values())
 
     def parameters(self) -> dict[str, list[list[Any]]]:
         """By optimizer, its parameters in order, which it knows by number only: [group, name in a tracked module or "", shape]."""

@@ -26,8 +26,8 @@ from holdfast.agent.mirror.local import Memory, remember
 from holdfast.agent.mirror.sources import KnownFile, Source, StoredFile, Taker
 from holdfast.agent.mirror.state import FileNote, FolderState, take
 from holdfast.agent.mirror.whole import says_whole
+from holdfast.checkpoint.assemble import Assembled
 from holdfast.checkpoint.commit import Committed, Committer
-from holdfast.checkpoint.format import ArrayEntry
 from holdfast.checkpoint.heads import Lineage
 from holdfast.checkpoint.read import CheckpointReader
 from holdfast.checkpoint.retain import Keep, StoreOpener
@@ -91,7 +91,7 @@ class Passes:
         )  # fmt: skip
         self._watch = Watch(settle_s)
         self._held = FolderState()
-        self._entries: dict[str, ArrayEntry] = {}
+        self._stored_files: dict[str, Assembled] = {}
         self._reader: CheckpointReader | None = None
         self._local: dict[str, Signature] = {}
         """Files and links of the folder that are as the newest state has them."""
@@ -113,8 +113,8 @@ class Passes:
     def adopt(self, state: FolderState, reader: CheckpointReader, local: Mapping[str, Signature]) -> None:
         """The newest state of the mirror; `local` are the files and links of the folder that are exactly as in it."""
         self._held, self._reader, self._local = state, reader, dict(local)
-        self._entries = {path: reader.entries[note.array] for path, note in state.files.items()}
-        self._committer.known.add(reader.ref.name, reader.part, home=reader.ref.home)
+        self._stored_files = {path: reader.arrays[note.array] for path, note in state.files.items()}
+        self._committer.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
         self._committer.roots.remember(reader.root)
 
     def trust(self, found: Scan, changed_alone: Iterable[str] = ()) -> None:
@@ -293,8 +293,8 @@ class Passes:
         self._emit(
             "mirror.committed",
             step=number, checkpoint=committed.ref.name, files=len(state.files), taken=_shown(taken), dropped=_shown(dropped),
-            total_bytes=committed.written.total_bytes, sent_bytes=committed.written.sent_bytes,
-            deduplicated_bytes=committed.written.deduplicated_bytes,
+            total_bytes=committed.total_bytes, sent_bytes=committed.sent_bytes,
+            deduplicated_bytes=committed.deduplicated_bytes,
         )  # fmt: skip
         self._sweep()
         return True
@@ -312,7 +312,7 @@ class Passes:
 
     def _source(self, path: str, signature: Signature, taker: Taker) -> Source:
         if self._local.get(path) == signature:
-            return KnownFile(self.root / path, signature, self._entries[path])
+            return KnownFile(self.root / path, signature, self._stored_files[path])
         return taker.take(self.root / path, signature)
 
     def _verify(self) -> None:
@@ -348,14 +348,17 @@ class Passes:
     def _note_committed(
         self, found: Scan, taken: set[str], state: FolderState, committed: Committed, paths: list[str]
     ) -> None:
-        ref, written = committed
+        ref, written = committed.ref, committed.written
+        assert written is not None, "an agent is the only rank of its run"
         data = {unit for unit in taken if not self.names.is_appended(unit)}
         self._note_changed_alone(data)
         self.data_commits += bool(data)
-        self._entries = dict(zip(paths, written.part.arrays, strict=True))
-        named = {path: replace(note, array=self._entries[path].name) for path, note in state.files.items()}
+        self._reader = CheckpointReader(self._store, ref, written.root, [written.part], self._open_home)
+        self._stored_files = {
+            path: self._reader.arrays[entry.name] for path, entry in zip(paths, written.part.arrays, strict=True)
+        }
+        named = {path: replace(note, array=self._stored_files[path].name) for path, note in state.files.items()}
         self._held = replace(state, files=named)
-        self._reader = CheckpointReader(self._store, ref, written.root, written.part, self._open_home)
         kept = {path: sig for path, sig in self._local.items() if path in state.files or path in state.links}
         self._local = kept | {path: sig for unit in taken for path, sig in found.units[unit].items()}
         self._complete = {unit: members for unit, members in self._complete.items() if unit not in taken}
@@ -363,10 +366,10 @@ class Passes:
         self.remember()
 
     def _carried(self, path: str, found: Scan) -> Source:
-        entry, seen = self._entries[path], found.files.get(path)
+        stored, seen = self._stored_files[path], found.files.get(path)
         if seen is not None and seen[0] == self._local.get(path):
-            return KnownFile(self.root / path, seen[0], entry)
-        return StoredFile(entry, self._stored, self._reading)
+            return KnownFile(self.root / path, seen[0], stored)
+        return StoredFile(stored, self._stored, self._reading)
 
     def _stored(self) -> CheckpointReader:
         if self._reader is None:

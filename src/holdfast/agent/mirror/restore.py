@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.agent.mirror.folder import OWN_PREFIX
-from holdfast.agent.mirror.sources import one_chunk
 from holdfast.agent.mirror.state import FolderState
-from holdfast.checkpoint.format import ArrayEntry, Chunk
-from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.assemble import Assembled
+from holdfast.checkpoint.format import CHUNK_BYTES
+from holdfast.checkpoint.read import CheckpointReader, Target
 from holdfast.core.errors import RestoreError
 
 __all__ = ["clear_leftovers", "put_back", "restore_whole", "set_aside", "set_torn_aside"]
@@ -138,11 +138,12 @@ def _write(
             if state.files[path].size_bytes:
                 os.posix_fallocate(file.fileno(), 0, state.files[path].size_bytes)
     for batch in _batches(files, state, reader):
-        buffers = [memoryview(bytearray(chunk.length)) for _, _, chunk, _ in batch]
+        buffers = [memoryview(bytearray(length)) for _, _, _, length in batch]
         reader.read(
-            [(one_chunk(entry, chunk), to) for (_, entry, chunk, _), to in zip(batch, buffers, strict=True)], pool
+            [Target(stored, to, start_byte=start) for (_, stored, start, _), to in zip(batch, buffers, strict=True)],
+            pool,
         )
-        for (path, _, _, start), data in zip(batch, buffers, strict=True):
+        for (path, _, start, _), data in zip(batch, buffers, strict=True):
             with open(staging / path, "r+b") as file:
                 file.seek(start)
                 file.write(data)
@@ -160,17 +161,18 @@ def _write(
 
 def _batches(
     files: list[str], state: FolderState, reader: CheckpointReader
-) -> Iterator[list[tuple[str, ArrayEntry, Chunk, int]]]:
-    batch: list[tuple[str, ArrayEntry, Chunk, int]] = []
+) -> Iterator[list[tuple[str, Assembled, int, int]]]:
+    """Files in order, each a piece after the other: the path, the stored file, where the piece begins, and its length."""
+    batch: list[tuple[str, Assembled, int, int]] = []
     size_bytes = 0
     for path in files:
-        entry, start = reader.entries[state.files[path].array], 0
-        for chunk in entry.chunks:
-            if batch and size_bytes + chunk.length > _BATCH_BYTES:
+        stored = reader.arrays[state.files[path].array]
+        for start in range(0, stored.nbytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, stored.nbytes - start)
+            if batch and size_bytes + length > _BATCH_BYTES:
                 yield batch
                 batch, size_bytes = [], 0
-            batch.append((path, entry, chunk, start))
-            start += chunk.length
-            size_bytes += chunk.length
+            batch.append((path, stored, start, length))
+            size_bytes += length
     if batch:
         yield batch

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Protocol
 
 from holdfast.agent.mirror.folder import Signature, signature_of
-from holdfast.checkpoint.format import ArrayEntry, Chunk
-from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.assemble import Assembled
+from holdfast.checkpoint.format import Chunk
+from holdfast.checkpoint.read import CheckpointReader, Target
 from holdfast.core.errors import FormatError, SaveError
 
-__all__ = ["KnownFile", "Source", "StoredFile", "Taker", "one_chunk"]
+__all__ = ["KnownFile", "Source", "StoredFile", "Taker"]
 
 _SMALL_BYTES = 4 << 20
 """Files up to this size are copied before they are sent."""
@@ -133,9 +134,9 @@ class Taker:
 class KnownFile:
     """A file of the folder that is as the newest state has it: its hashes are known; it is read only if its bytes are needed."""
 
-    def __init__(self, path: Path, signature: Signature, entry: ArrayEntry) -> None:
+    def __init__(self, path: Path, signature: Signature, stored: Assembled) -> None:
         self._path, self._signature = path, signature
-        self._chunks = _chunks_by_start(entry)
+        self._chunks = _chunks_by_start(stored)
 
     def read(self, start: int, length: int) -> memoryview:
         descriptor = _open_as_seen(self._path, self._signature)
@@ -155,13 +156,13 @@ class KnownFile:
 class StoredFile:
     """A file as the store has it, for when the folder's own is not complete or is gone for the moment."""
 
-    def __init__(self, entry: ArrayEntry, reader: Callable[[], CheckpointReader], pool: ThreadPoolExecutor) -> None:
-        self._entry, self._reader, self._pool = entry, reader, pool
-        self._chunks = _chunks_by_start(entry)
+    def __init__(self, stored: Assembled, reader: Callable[[], CheckpointReader], pool: ThreadPoolExecutor) -> None:
+        self._name, self._reader, self._pool = stored.name, reader, pool
+        self._chunks = _chunks_by_start(stored)
 
     def read(self, start: int, length: int) -> memoryview:
-        buffer = memoryview(bytearray(length))
-        self._reader().read([(one_chunk(self._entry, self._chunk(start, length)), buffer)], self._pool)
+        buffer, reader = memoryview(bytearray(length)), self._reader()
+        reader.read([Target(reader.arrays[self._name], buffer, start_byte=start)], self._pool)
         return buffer
 
     def hashes(self, start: int, length: int) -> bytes:
@@ -170,19 +171,13 @@ class StoredFile:
     def _chunk(self, start: int, length: int) -> Chunk:
         chunk = self._chunks.get(start)
         if chunk is None or chunk.length != length:
-            raise FormatError(f"the stored file {self._entry.name!r} is cut into other pieces than this version makes")
+            raise FormatError(f"the stored file {self._name!r} is cut into other pieces than this version makes")
         return chunk
 
 
-def one_chunk(entry: ArrayEntry, chunk: Chunk) -> ArrayEntry:
-    """The part of a stored file that one chunk holds, as an array of its own."""
-    shape = (chunk.length,)
-    return ArrayEntry(entry.name, "u8", shape, shape, (0,), entry.library, [chunk])
-
-
-def _chunks_by_start(entry: ArrayEntry) -> dict[int, Chunk]:
+def _chunks_by_start(stored: Assembled) -> dict[int, Chunk]:
     chunks, start = {}, 0
-    for chunk in entry.chunks:
+    for chunk in (chunk for piece in stored.pieces for chunk in piece.entry.chunks):
         chunks[start] = chunk
         start += chunk.length
     return chunks

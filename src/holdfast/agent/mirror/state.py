@@ -15,7 +15,7 @@ import numpy as np
 
 from holdfast.agent.mirror.folder import OWN_PREFIX, is_inside
 from holdfast.agent.mirror.sources import Source
-from holdfast.checkpoint.format import ArrayEntry
+from holdfast.checkpoint.assemble import Assembled
 from holdfast.checkpoint.read import CheckpointReader
 from holdfast.checkpoint.snapshot import Snapshot, lay_out
 from holdfast.checkpoint.tree import decode_document, flatten, unflatten
@@ -88,7 +88,7 @@ def take(state: FolderState, sources: Mapping[str, Source], *, number: int, meta
 
 def read_state(reader: CheckpointReader) -> FolderState:
     """The state that a checkpoint holds. Raises FormatError when it is not one, or names anything outside the folder."""
-    tree = unflatten(decode_document(reader.part.document), reader.entries.get)
+    tree = unflatten(decode_document(reader.document()), reader.arrays.get)
     label = f"{reader.ref.name}: not a state of a mirrored folder"
     if not isinstance(tree, dict) or tree.get("mirror") != _VERSION:
         raise FormatError(f"{label} that this version reads")
@@ -109,13 +109,13 @@ def read_state(reader: CheckpointReader) -> FolderState:
 
 
 def _note(path: str, told: dict[str, Any]) -> FileNote:
-    entry, mtime_ns = told["bytes"], told["mtime_ns"]
-    if not isinstance(entry, ArrayEntry) or entry.dtype != "u8" or len(entry.shape) != 1:
+    array, mtime_ns = told["bytes"], told["mtime_ns"]
+    if not isinstance(array, Assembled) or array.dtype != "u8" or len(array.shape) != 1 or len(array.pieces) > 1:
         raise FormatError(f"the file {path!r} of a mirrored folder has no bytes")
     if type(mtime_ns) is not int or not -(2**63) <= mtime_ns < 2**63:
         raise FormatError(f"the file {path!r} of a mirrored folder has an impossible time")
     _check_mode(path, told["mode"])
-    return FileNote(told["mode"], mtime_ns, entry.shape[0], entry.name)
+    return FileNote(told["mode"], mtime_ns, array.shape[0], array.name)
 
 
 def _check_mode(path: str, mode: object) -> None:

@@ -37,10 +37,11 @@ from holdfast.checkpoint.exchange.note import (
 from holdfast.checkpoint.exchange.safetensors_file import SafetensorsFile
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.heads import read_truth
+from holdfast.checkpoint.known import KnownChunks
 from holdfast.checkpoint.runs.begin import check_empty, claim_empty
 from holdfast.checkpoint.runs.verify import Progress
 from holdfast.checkpoint.snapshot import Layout, Snapshot
-from holdfast.checkpoint.write import KnownChunks, Written, write_checkpoint
+from holdfast.checkpoint.write import Written, write_checkpoint
 from holdfast.core.clock import Clock
 from holdfast.core.errors import FormatError, IntegrityError, UsageError
 from holdfast.core.ids import TokenSource

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from holdfast.checkpoint.assemble import Assembled
 from holdfast.checkpoint.exchange.note import FORMATS, NOTE_KEY, Format, Outgoing, outgoing, write_note
 from holdfast.checkpoint.exchange.safetensors_file import encode_header, file_order
-from holdfast.checkpoint.format import ArrayEntry, CheckpointRef
+from holdfast.checkpoint.format import CHUNK_BYTES, CheckpointRef
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.read import CheckpointReader, open_checkpoint, read_threads
+from holdfast.checkpoint.read import CheckpointReader, Target, open_checkpoint, read_threads
 from holdfast.checkpoint.retain import StoreOpener
 from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.runs.verify import Progress
@@ -127,22 +128,21 @@ def _still_retained(store: Store, ref: CheckpointRef, error: NotFound) -> None:
 def _write_safetensors(
     path: Path, chosen: Outgoing, reader: CheckpointReader, pool: ThreadPoolExecutor, progress: Progress
 ) -> None:
-    names = file_order({name: entry.dtype for name, entry in chosen.arrays.items()})
-    entries = [(name, chosen.arrays[name]) for name in names]
+    names = file_order({name: array.dtype for name, array in chosen.arrays.items()})
+    arrays = [(name, chosen.arrays[name]) for name in names]
     # `pt` is what readers of published models look for; an alias line is how other writers say which arrays are tied.
     metadata = chosen.aliases | {"format": "pt", NOTE_KEY: write_note(chosen.note)}
-    header = encode_header([(name, entry.dtype, entry.shape) for name, entry in entries], metadata)
+    header = encode_header([(name, array.dtype, array.shape) for name, array in arrays], metadata)
     window = memoryview(bytearray(min(_WINDOW_BYTES, max(1, chosen.total_bytes))))
     done = 0
     progress(0, chosen.total_bytes)
     with translated("writing", path.name, str(path.parent)), path.open("xb") as file:
         file.write(header)
-        for pieces in _windows([entry for _, entry in entries], len(window)):
+        for pieces in _windows([array for _, array in arrays], len(window)):
             filled = 0
             targets = []
-            for piece in pieces:
-                size_bytes = piece.shape[0]
-                targets.append((piece, window[filled : filled + size_bytes]))
+            for array, start, size_bytes in pieces:
+                targets.append(Target(array, window[filled : filled + size_bytes], start_byte=start))
                 filled += size_bytes
             reader.read(targets, pool)
             file.write(window[:filled])
@@ -150,18 +150,19 @@ def _write_safetensors(
             progress(done, chosen.total_bytes)
 
 
-def _windows(entries: Sequence[ArrayEntry], window_bytes: int) -> Iterator[list[ArrayEntry]]:
-    """The arrays' chunks in order, each as an array of bytes of its own, in groups that fit into the window."""
-    group: list[ArrayEntry] = []
+def _windows(arrays: Sequence[Assembled], window_bytes: int) -> Iterator[list[tuple[Assembled, int, int]]]:
+    """The arrays' bytes in order, cut as whole arrays are cut into chunks, in groups that fit into the window: each the array,
+    where the bytes begin in it, and how many they are."""
+    group: list[tuple[Assembled, int, int]] = []
     group_bytes = 0
-    for entry in entries:
-        for chunk in entry.chunks:
-            if group and group_bytes + chunk.length > window_bytes:
+    for array in arrays:
+        for start in range(0, array.nbytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, array.nbytes - start)
+            if group and group_bytes + length > window_bytes:
                 yield group
                 group, group_bytes = [], 0
-            shape = (chunk.length,)
-            group.append(ArrayEntry(entry.name, "u8", shape, shape, (0,), entry.library, [chunk]))
-            group_bytes += chunk.length
+            group.append((array, start, length))
+            group_bytes += length
     if group:
         yield group
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 
 from holdfast.checkpoint.arrays import ArraySpec
-from holdfast.checkpoint.format import ArrayEntry
+from holdfast.checkpoint.assemble import Assembled
 from holdfast.checkpoint.read import CheckpointReader
 from holdfast.checkpoint.tree import FlatTree, decode_document, unflatten
 from holdfast.core.errors import FormatError, RunConflict, UsageError
@@ -76,13 +76,13 @@ class Outgoing:
     """What of a checkpoint is exported. `arrays` are named as the file names them, tied ones once; `aliases` are the other names of
     tied ones. The note's state refers to the keys of `arrays`."""
 
-    arrays: dict[str, ArrayEntry]
+    arrays: dict[str, Assembled]
     aliases: dict[str, str]
     note: Note
 
     @property
     def total_bytes(self) -> int:
-        return sum(entry.spec().nbytes for entry in self.arrays.values())
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 class Found(NamedTuple):
@@ -162,7 +162,7 @@ def outgoing(reader: CheckpointReader, only: Sequence[str] = (), *, bare: bool =
     With `bare`, names begin inside the one chosen object. Raises UsageError for a name that is not tracked, FormatError when the
     document is broken.
     """
-    document = decode_document(reader.part.document)
+    document = decode_document(reader.document())
     tracked = document.get("tracked") if isinstance(document, dict) else None
     if not isinstance(tracked, dict):
         raise FormatError("the checkpoint's state document does not hold tracked objects")
@@ -170,20 +170,20 @@ def outgoing(reader: CheckpointReader, only: Sequence[str] = (), *, bare: bool =
     if bare and (len(chosen) != 1 or "$" in next(iter(chosen.values()))):
         raise UsageError("a bare file holds one object that is a plain dict: name it with `only`")
     _check_document(chosen)
-    arrays: dict[str, ArrayEntry] = {}
+    arrays: dict[str, Assembled] = {}
     aliases: dict[str, str] = {}
     flat: dict[str, str] = {}
     taken = {"__metadata__"}
     for path, node in array_nodes(chosen):
-        entry = reader.entries.get(node["name"])
-        if entry is None:
+        array = reader.arrays.get(node["name"])
+        if array is None:
             raise FormatError(
                 f"the checkpoint's document names the array {node['name']!r}, which its index does not hold"
             )
         name = _free_name(".".join(map(str, path[1:] if bare else path)), taken)
-        known = flat.setdefault(entry.name, name)
+        known = flat.setdefault(array.name, name)
         if known == name:
-            arrays[name] = entry
+            arrays[name] = array
         else:
             aliases[name] = known
         node["name"] = known

@@ -39,7 +39,7 @@ from holdfast.checkpoint.exchange.note import (
     without_codecs,
     write_note,
 )
-from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.read import CheckpointReader, Target
 from holdfast.checkpoint.runs.verify import Progress
 from holdfast.checkpoint.torch_arrays import TorchAdapter
 from holdfast.checkpoint.tree import flatten, unflatten
@@ -100,12 +100,12 @@ def _plain_state(
     chosen: Outgoing, reader: CheckpointReader, pool: ThreadPoolExecutor, progress: Progress
 ) -> dict[str, Any]:
     """The objects as nested dicts of tensors and plain values, read and verified. Tied arrays are one tensor."""
-    tensors = {name: _ADAPTER.allocate(entry.spec()) for name, entry in chosen.arrays.items()}
+    tensors = {name: _ADAPTER.allocate(array.spec()) for name, array in chosen.arrays.items()}
     wanted = []
     for name, tensor in tensors.items():
         memory = _ADAPTER.writable(tensor)
         if memory is not None:
-            wanted.append((chosen.arrays[name], memory))
+            wanted.append(Target(chosen.arrays[name], memory))
     done = 0
 
     def arrived(count: int) -> None:

@@ -49,12 +49,12 @@ _TRIES = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted:
-    """What a run may refer to from now on: chunks of `part` in the objects `keys`, which are pinned, by the run they lie in.
+    """What a run may refer to from now on: chunks of `parts` in the objects `keys`, which are pinned, by the run they lie in.
     `home` is where the checkpoint `ref` itself lies."""
 
     ref: CheckpointRef
     home: str
-    part: Part
+    parts: tuple[Part, ...]
     keys: Mapping[str, frozenset[str]]
 
 
@@ -234,6 +234,6 @@ def _adopted(
     """Invariant: whatever its history is, a pin keeps exactly the objects that its checkpoint reaches."""
     keys = {
         name: frozenset(read_root(open_home(name), kept[name]).objects)
-        for name in {home, *reader.part.homes} & kept.keys()
+        for name in {home, *reader.root.homes} & kept.keys()
     }
-    return Adopted(ref=ref, home=home, part=reader.part, keys=keys)
+    return Adopted(ref=ref, home=home, parts=reader.parts, keys=keys)

@@ -48,6 +48,7 @@ from holdfast.checkpoint.runs.pins import (
     withdraw,
 )
 from holdfast.checkpoint.runs.verify import Progress, Range, live_ranges, read_ranges
+from holdfast.checkpoint.write import checkpoint_name, part_key
 from holdfast.core.clock import Clock
 from holdfast.core.errors import (
     FormatError,
@@ -183,39 +184,41 @@ def _copy(
 ) -> tuple[CheckpointRef, int]:
     """The checkpoint under new names in the target, durable but not yet named by a head; and the bytes written."""
     reader = open_checkpoint(origin.store, origin.ref, open_home)
-    part = reader.part
     where = origin.store if origin.ref.home is None else open_home(origin.ref.home)
-    stores = [where, *(open_home(home) for home in part.homes)]
-    ranges = live_ranges(part)
+    ranges: dict[_Place, set[Range]] = {}
+    for part in reader.parts:
+        for number, wanted in live_ranges(part).items():
+            ranges.setdefault(_place(part, number), set()).update(wanted)
     total = sum(item.length for wanted in ranges.values() for item in wanted)
-    moved: dict[tuple[int, Range], tuple[int, int]] = {}
-    objects: list[ObjectRef] = []
+    moved: dict[_Place, tuple[ObjectRef, dict[Range, int]]] = {}
     done = 0
     progress(0, total)
 
-    def copy_object(number: int) -> tuple[int, str, list[Range]]:
-        source = part.objects[number]
+    def copy_object(place: _Place) -> tuple[_Place, str, list[Range]]:
+        home, source_key = place
         key = f"data/{head.attempt}/{tokens()}"
-        return number, key, _copy_object(stores[source.home], source.key, ranges[number], target, key)
+        store = where if home is None else open_home(home)
+        return place, key, _copy_object(store, source_key, ranges[place], target, key)
 
-    for number, key, copied in _bounded(copy_object, sorted(ranges)):
-        position = 0
+    for place, key, copied in _bounded(copy_object, list(ranges)):
+        position, offsets = 0, {}
         for item in copied:
-            moved[number, item] = len(objects), position
+            offsets[item] = position
             position += item.length
-        objects.append(ObjectRef(0, key, position))
+        moved[place] = ObjectRef(0, key, position), offsets
         done += position
         progress(done, total)
-    arrays = [_moved_entry(entry, moved) for entry in part.arrays]
-    ref = _put_index(
-        Part(FORMAT_VERSION, part.rank, [], objects, arrays, part.document),
-        reader.root,
-        origin.ref,
-        target,
-        head,
-        tokens,
-    )
-    return ref, done
+    parts = [_moved_part(part, moved) for part in reader.parts]
+    return _put_index(parts, reader.root, origin.ref, target, head, tokens), done
+
+
+_Place = tuple[str | None, str]
+"""Where an object lies: the URL of another run than the checkpoint's own (else None), and its key."""
+
+
+def _place(part: Part, number: int) -> _Place:
+    target = part.objects[number]
+    return (part.homes[target.home - 1] if target.home else None), target.key
 
 
 def _copy_object(source: Store, source_key: str, wanted: set[Range], target: Store, key: str) -> list[Range]:
@@ -237,47 +240,61 @@ def _copy_object(source: Store, source_key: str, wanted: set[Range], target: Sto
 
 
 def _bounded(
-    work: Callable[[int], tuple[int, str, list[Range]]], numbers: list[int]
-) -> Iterator[tuple[int, str, list[Range]]]:
+    work: Callable[[_Place], tuple[_Place, str, list[Range]]], places: list[_Place]
+) -> Iterator[tuple[_Place, str, list[Range]]]:
     """Results in order; at most `_COPY_THREADS` objects are in memory."""
     pool = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="holdfast-copy")
     try:
-        waiting = iter(numbers)
-        running: list[Future[tuple[int, str, list[Range]]]] = [
-            pool.submit(work, number) for number in islice(waiting, _COPY_THREADS)
+        waiting = iter(places)
+        running: list[Future[tuple[_Place, str, list[Range]]]] = [
+            pool.submit(work, place) for place in islice(waiting, _COPY_THREADS)
         ]
         while running:
             result = running.pop(0).result()
-            running.extend(pool.submit(work, number) for number in islice(waiting, 1))
+            running.extend(pool.submit(work, place) for place in islice(waiting, 1))
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _moved_entry(entry: ArrayEntry, moved: dict[tuple[int, Range], tuple[int, int]]) -> ArrayEntry:
-    chunks = []
-    for chunk in entry.chunks:
-        number, offset = moved[chunk.object, Range(chunk.offset, chunk.length, chunk.hashes)]
-        chunks.append(Chunk(number, offset, chunk.length, chunk.hashes))
-    return ArrayEntry(entry.name, entry.dtype, entry.shape, entry.global_shape, entry.offsets, entry.library, chunks)
+def _moved_part(part: Part, moved: dict[_Place, tuple[ObjectRef, dict[Range, int]]]) -> Part:
+    """The part with its chunks where they are now. It lists the objects that it needs."""
+    objects: list[ObjectRef] = []
+    numbers: dict[int, int] = {}
+    for number in live_ranges(part):
+        numbers[number] = len(objects)
+        objects.append(moved[_place(part, number)][0])
+
+    def moved_chunk(chunk: Chunk) -> Chunk:
+        offset = moved[_place(part, chunk.object)][1][Range(chunk.offset, chunk.length, chunk.hashes)]
+        return Chunk(numbers[chunk.object], offset, chunk.length, chunk.hashes)
+
+    arrays = [
+        ArrayEntry(
+            entry.name, entry.dtype, entry.shape, entry.global_shape, entry.offsets, entry.library,
+            [moved_chunk(chunk) for chunk in entry.chunks],
+        )
+        for entry in part.arrays
+    ]  # fmt: skip
+    return Part(FORMAT_VERSION, part.rank, [], objects, arrays, part.document)
 
 
 def _put_index(
-    part: Part, source_root: Root, source_ref: CheckpointRef, target: Store, head: Head, tokens: TokenSource
+    parts: list[Part], source_root: Root, source_ref: CheckpointRef, target: Store, head: Head, tokens: TokenSource
 ) -> CheckpointRef:
-    name = f"checkpoints/{head.number + 1:08d}-{head.attempt}-{tokens()}"
-    part_data = encode_part(part)
-    part_ref = PartRef(key=f"{name}/part-{part.rank}", size_bytes=len(part_data), blake3=digest(part_data))
+    name = checkpoint_name(head.number + 1, head.attempt, tokens)
+    encoded = {part_key(name, part.rank): encode_part(part) for part in parts}
     root = msgspec.structs.replace(
         source_root,
         run_id=head.run_id,
         name=name,
-        parts=[part_ref],
-        objects=sorted(ref.key for ref in part.objects),
+        parts=[PartRef(key=key, size_bytes=len(data), blake3=digest(data)) for key, data in encoded.items()],
+        objects=sorted({ref.key for part in parts for ref in part.objects}),
         homes=[],
     )
     root_data = seal(root)
-    target.put(part_ref.key, part_data)
+    for key, data in encoded.items():
+        target.put(key, data)
     target.put(root_key(name), root_data)
     return msgspec.structs.replace(
         source_ref,

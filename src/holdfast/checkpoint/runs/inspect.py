@@ -22,7 +22,7 @@ from holdfast.checkpoint.format import (
     unseal,
 )
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.read import open_checkpoint
+from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
 from holdfast.checkpoint.record import read_record
 from holdfast.checkpoint.retain import StoreOpener, checkpoint_keys, read_root
 from holdfast.core.clock import Clock
@@ -299,19 +299,9 @@ def show(store: Store, which: str | int = "latest", *, open_home: StoreOpener, c
     head = read_run(store).head
     ref = find_checkpoint(head, which, url=store.url)
     reader = open_checkpoint(store, ref, open_home)
-    homes = [ref.home, *reader.part.homes]
-    live: Counter[int] = Counter()
-    for number, _, length in {
-        (chunk.object, chunk.offset, chunk.length) for entry in reader.part.arrays for chunk in entry.chunks
-    }:
-        live[number] += length
-    objects = tuple(
-        ObjectLine(target.key, homes[target.home], target.size_bytes, live[number])
-        for number, target in enumerate(reader.part.objects)
-    )
+    objects = _objects(ref, reader)
     arrays = tuple(
-        ArrayLine(entry.name, entry.dtype, entry.global_shape, entry.spec().nbytes, entry.library)
-        for entry in reader.part.arrays
+        ArrayLine(array.name, array.dtype, array.shape, array.nbytes, array.library) for array in reader.arrays.values()
     )
     line = next(line for line in list_checkpoints(store, clock=clock).checkpoints if line.name == ref.name)
     previous, before_keys, before = _previous(store, head, ref, open_home)
@@ -323,6 +313,23 @@ def show(store: Store, which: str | int = "latest", *, open_home: StoreOpener, c
         borrowed_bytes=sum(item.live_bytes for item in objects if item.home is not None),
         previous=previous, changes=tuple(metadata_changes(before, reader.root.metadata)) if previous else (),
     )  # fmt: skip
+
+
+def _objects(ref: CheckpointRef, reader: CheckpointReader) -> tuple[ObjectLine, ...]:
+    """Every object that the checkpoint reads from, once, in the order of the parts."""
+    sizes: dict[tuple[str | None, str], int] = {}
+    live: Counter[tuple[str | None, str]] = Counter()
+    ranges = set()
+    for part in reader.parts:
+        homes = [ref.home, *part.homes]
+        places = [(homes[target.home], target.key) for target in part.objects]
+        sizes |= {place: target.size_bytes for place, target in zip(places, part.objects, strict=True)}
+        ranges |= {
+            (places[chunk.object], chunk.offset, chunk.length) for entry in part.arrays for chunk in entry.chunks
+        }
+    for place, _, length in ranges:
+        live[place] += length
+    return tuple(ObjectLine(key, home, size, live[home, key]) for (home, key), size in sizes.items())
 
 
 def _previous(
@@ -338,8 +345,7 @@ def _previous(
         reader = open_checkpoint(store, before, open_home)
     except HoldfastError:
         return None, set(), {}
-    homes = [before.home, *reader.part.homes]
-    return before.name, {(homes[target.home], target.key) for target in reader.part.objects}, reader.root.metadata
+    return before.name, {(item.home, item.key) for item in _objects(before, reader)}, reader.root.metadata
 
 
 def metadata_changes(before: Any, now: Any, path: str = "") -> list[Change]:

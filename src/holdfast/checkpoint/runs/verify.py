@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from holdfast.checkpoint.format import CHUNK_BYTES, CheckpointRef, Part
 from holdfast.checkpoint.heads import read_truth
-from holdfast.checkpoint.read import open_checkpoint, read_threads
+from holdfast.checkpoint.read import open_checkpoint, read_part, read_threads
 from holdfast.checkpoint.retain import StoreOpener, read_root, root_key
 from holdfast.checkpoint.runs.inspect import find_checkpoint, read_run
 from holdfast.checkpoint.tree import decode_document
@@ -139,17 +140,17 @@ def verify(
     refs = state.head.checkpoints if which is None else [find_checkpoint(state.head, which, url=store.url)]
     problems: dict[str, list[Problem]] = {ref.name: [] for ref in refs}
     objects: dict[_Place, _Object] = {}
-    parts: dict[str, tuple[CheckpointRef, Part]] = {}
+    parts: dict[str, tuple[CheckpointRef, tuple[Part, ...]]] = {}
     for ref in refs:
-        part = _open(store, ref, open_home, problems[ref.name])
-        if part is not None:
-            parts[ref.name] = ref, part
+        opened = _open(store, ref, open_home, problems[ref.name])
+        parts[ref.name] = ref, opened
+        for part in opened:
             for place, ranges in _needed(ref, part).items():
                 home = store if place[0] is None else open_home(place[0])
                 objects.setdefault(place, _Object(home)).ranges.update(ranges)
     read_bytes = _check_all(objects, read_threads(store), progress)
-    for name, (ref, part) in parts.items():
-        problems[name] += _problems(ref, part, objects)
+    for name, (ref, opened) in parts.items():
+        problems[name] += _problems(ref, opened, objects)
     retained = _still_retained(store, any(problems.values()))
     verdicts = tuple(
         CheckpointVerdict(ref.name, ref.step, ref.generation, _status(ref, problems[ref.name], retained), tuple(problems[ref.name]))
@@ -159,19 +160,30 @@ def verify(
     return VerifyReport(store.url, state.head.number, verdicts, state.altered, read_bytes, good)
 
 
-def _open(store: Store, ref: CheckpointRef, open_home: StoreOpener, problems: list[Problem]) -> Part | None:
-    """The verified part of `ref`; otherwise None, and why in `problems`."""
-    where = store if ref.home is None else open_home(ref.home)
-    key = root_key(ref.name)
+def _open(store: Store, ref: CheckpointRef, open_home: StoreOpener, problems: list[Problem]) -> tuple[Part, ...]:
+    """The verified parts of `ref`; none if they are not all good, and why in `problems`."""
     try:
-        root = read_root(where, ref)
-        key = root.parts[0].key if root.parts else key
-        part = open_checkpoint(store, ref, open_home).part
-        decode_document(part.document)
-        return part
+        parts = open_checkpoint(store, ref, open_home).parts
+        for part in parts:
+            decode_document(part.document)
+        return parts
     except (IntegrityError, NotFound) as error:
-        problems.append(Problem("missing" if isinstance(error, NotFound) else "altered", key, ref.home, str(error)))
-        return None
+        kind = "missing" if isinstance(error, NotFound) else "altered"
+        key = _bad_record(store if ref.home is None else open_home(ref.home), ref)
+        problems.append(Problem(kind, key, ref.home, str(error)))
+        return ()
+
+
+def _bad_record(where: Store, ref: CheckpointRef) -> str:
+    """The key of the root or the part that is the reason; that of the first part where each is good by itself."""
+    key = root_key(ref.name)
+    with suppress(IntegrityError, NotFound):
+        root = read_root(where, ref)
+        for rank, part in enumerate(root.parts):
+            key = part.key
+            decode_document(read_part(where, root, rank).document)
+        key = root.parts[0].key if root.parts else key
+    return key
 
 
 def _needed(ref: CheckpointRef, part: Part) -> dict[_Place, set[Range]]:
@@ -216,16 +228,17 @@ def _check(key: str, wanted: _Object) -> None:
         wanted.bad |= unread
 
 
-def _problems(ref: CheckpointRef, part: Part, objects: dict[_Place, _Object]) -> list[Problem]:
-    homes = [ref.home, *part.homes]
+def _problems(ref: CheckpointRef, parts: Sequence[Part], objects: dict[_Place, _Object]) -> list[Problem]:
     arrays: dict[_Place, list[str]] = {}
-    for entry in part.arrays:
-        for chunk in entry.chunks:
-            target = part.objects[chunk.object]
-            place = homes[target.home], target.key
-            names = arrays.setdefault(place, [])
-            if Range(chunk.offset, chunk.length, chunk.hashes) in objects[place].bad and entry.name not in names:
-                names.append(entry.name)
+    for part in parts:
+        homes = [ref.home, *part.homes]
+        for entry in part.arrays:
+            for chunk in entry.chunks:
+                target = part.objects[chunk.object]
+                place = homes[target.home], target.key
+                names = arrays.setdefault(place, [])
+                if Range(chunk.offset, chunk.length, chunk.hashes) in objects[place].bad and entry.name not in names:
+                    names.append(entry.name)
     return [
         Problem(objects[place].kind, place[1], place[0], objects[place].detail, tuple(names))
         for place, names in arrays.items()

@@ -1,0 +1,205 @@
+"""A small training of several ranks that can be killed at any place, and a warmed process that forks its ranks.
+
+torch is imported once; each line that is read is a request: {"rank", "size", "per_machine", "port", "train": {…}, "log": path}
+→ {"pid": n}; {"wait": pid} → {"status": n}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+import holdfast
+from holdfast.checkpoint import joint
+from holdfast.train.ranks.together import Together
+
+SAMPLES, BATCH, EPOCHS, WIDTH = 72, 4, 3, 16
+PLACES = {
+    "begin": (joint.JointCommitter, "_write", "before"),
+    "own part": (joint, "write_part", "after"),
+    "gathered": (Together, "gather", "after"),
+    "root": (joint, "put_root", "after"),
+    "head": (joint.JointCommitter, "_publish", "after"),
+    "told": (Together, "done", "after"),
+    "asked to begin": (Together, "next_begin", "after"),
+    "handed in": (Together, "hand_in", "after"),
+    "outcome": (Together, "outcome", "after"),
+}
+"""Where a rank can be made to die: around these calls of a save."""
+
+
+def die_at(place: str, number: int) -> None:
+    """SIGKILL, the `number`-th time that the place is reached."""
+    owner, name, when = PLACES[place]
+    whole: Callable[..., Any] = getattr(owner, name)
+    count = 0
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if when == "before" and count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = whole(*arguments, **named)
+        if when == "after" and count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def digest(value: Any) -> str:
+    sha = hashlib.sha256()
+
+    def walk(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            local = node.to_local() if hasattr(node, "to_local") else node
+            sha.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(node, dict):
+            for key in node:
+                sha.update(repr(key).encode())
+                walk(node[key])
+        elif isinstance(node, list | tuple):
+            for item in node:
+                walk(item)
+        else:
+            sha.update(repr(node).encode())
+
+    walk(value)
+    return sha.hexdigest()
+
+
+def build(kind: str) -> tuple[nn.Module, nn.Module]:
+    """The plain module, and how it is trained."""
+    torch.manual_seed(7)
+    layers: list[nn.Module] = [nn.Linear(WIDTH, 40), nn.Dropout(0.1), nn.Linear(40, 6), nn.LayerNorm(6)]
+    if kind == "ddp":
+        plain = nn.Sequential(*layers, nn.BatchNorm1d(6), nn.Linear(6, 4))
+        return plain, nn.parallel.DistributedDataParallel(plain)
+    plain = nn.Sequential(*layers, nn.Linear(6, 4))
+    size = dist.get_world_size()
+    if kind == "hsdp":
+        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    fully_shard(plain[0], mesh=mesh)
+    fully_shard(plain, mesh=mesh)
+    return plain, plain
+
+
+def train(
+    url: str,
+    kind: str = "ddp",
+    pace_s: float = 0.0,
+    save_every: Any = "3 steps",
+    notice: str = "none",
+    commit_timeout: float = 20.0,
+    global_batch: int | None = None,
+    place: str = "",
+    at: int = 1,
+    result: str = "",
+) -> None:
+    """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end."""
+    if place:
+        die_at(place, at)
+    rank = dist.get_rank()
+    module, model = build(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs = torch.Generator().manual_seed(1)
+    data = TensorDataset(
+        torch.arange(SAMPLES),
+        torch.randn(SAMPLES, WIDTH, generator=inputs),
+        torch.randint(4, (SAMPLES,), generator=inputs),
+    )
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True)
+    torch.manual_seed(100 + rank)
+    record: dict[str, Any] = {"seen": []}
+    page, samples = Path(f"{url}.step-{rank}"), Path(f"{url}.samples-{rank}")
+    with holdfast.Run(
+        url, save_every=save_every, keep=2, notice=notice, commit_timeout=commit_timeout, seed=3, progress=False
+    ) as run:
+        run.track(model=model, optimizer=optimizer, record=record)
+        for epoch in run.epochs(EPOCHS):
+            for index, x, y in run.batches(loader, global_batch=global_batch):
+                with run.accumulating(model):
+                    loss = nn.functional.cross_entropy(model(x), y) * run.micro.weight
+                    loss.backward()
+                if run.micro.last:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if run.micro.weight:
+                    record["seen"].extend([epoch, number] for number in index.tolist())
+                    with samples.open("a") as file:
+                        file.writelines(f"{epoch} {number}\n" for number in index.tolist())
+                run.log(loss=loss)
+                time.sleep(pace_s)
+                page.write_text(str(run.step + run.micro.last))
+            with run.evaluating():
+                time.sleep(pace_s)
+        steps = run.step
+    outcome = {
+        "steps": steps,
+        "digest": digest([module.state_dict(), optimizer.state_dict()["state"], torch.get_rng_state()]),
+        "seen": record["seen"],
+    }
+    Path(f"{result}.{rank}").write_text(json.dumps(outcome))
+
+
+def run_rank(request: dict[str, Any]) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        rank, size = request["rank"], request["size"]
+        os.environ.update({
+            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % request["per_machine"]),
+            "LOCAL_WORLD_SIZE": str(request["per_machine"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"]),
+        })  # fmt: skip
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        train(**request["train"])
+        dist.destroy_process_group()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                run_rank(request)
+            answer = {"pid": pid}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
