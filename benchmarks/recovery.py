@@ -82,7 +82,7 @@ def one_round(size_bytes: int, folder: Path) -> dict[str, float]:
         raise SystemExit(f"expected exit code 75, not {code}")
     notice.unlink()
     store = LocalStore(url)
-    events = list(read_events(store))
+    events = [recorded.event for recorded in read_events(store)]
     heard_s = min(event.unix_s for event in events if event.name == "notice.heard")
     saves = [event for event in events if event.name == "save.committed" and event.unix_s > heard_s]
     insured = saves[0]
@@ -91,7 +91,7 @@ def one_round(size_bytes: int, folder: Path) -> dict[str, float]:
         [*agent, sys.executable, str(script), str(layers), str(ready), str(saves[-1].fields["step"] + 1)],
         stderr=subprocess.DEVNULL, check=False,
     )  # fmt: skip
-    events = list(read_events(store))
+    events = [recorded.event for recorded in read_events(store)]
     started = max((event for event in events if event.name == "attempt.started"), key=lambda event: event.unix_s)
     finished = max((event for event in events if event.name == "attempt.finished"), key=lambda event: event.unix_s)
     store.close()
