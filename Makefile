@@ -21,13 +21,18 @@ $(VENV)/.slurm: $(STAMP) scripts/install-slurm.sh
 	scripts/install-slurm.sh
 	touch $@
 
+# Frameworks whose unmodified scripts are kept with --mirror.
+$(VENV)/.frameworks: $(STAMP) constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt transformers accelerate
+	touch $@
+
 demo: $(STAMP)  ## train, kill three times, prove that the result is the same
 	$(BIN)/python examples/chargpt/demo.py
 
 test: $(STAMP) $(VENV)/.azurite  ## everything that finishes within ten minutes on two cores
 	$(BIN)/pytest -n 2 -m "not long"
 
-test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm  ## the long attacks as well
+test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.frameworks  ## the long attacks as well
 	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n 2
 
 lint: $(STAMP)

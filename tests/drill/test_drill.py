@@ -72,11 +72,13 @@ def test_a_sound_script_passes(tmp_path: Path, scenarios: tuple[str, ...]) -> No
     assert verdict_of(report, "torn")["lost_steps"] > 0
 
 
-@pytest.mark.long
 def test_the_demo_passes(tmp_path: Path) -> None:
     sizes = ["--epochs", "2", "--batches", "30", "--width", "32", "--layers", "1", "--context", "32", "--workers", "1"]
-    report, code = play(tmp_path, (), sys.executable, str(CHARGPT), *sizes, "--save-every", "5 steps", times=2)
+    scenarios = () if LONG else ("kill", "sigterm")
+    demo = (sys.executable, str(CHARGPT), *sizes, "--save-every", "5 steps")
+    report, code = play(tmp_path, scenarios, *demo, times=2 if LONG else 1)
     assert code == 0, report
+    assert all(verdict["same_state"] for verdict in report["verdicts"] if verdict["status"] == "passed")
 
 
 FAULTS = [

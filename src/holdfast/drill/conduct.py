@@ -36,6 +36,7 @@ _SPREADS = 4.0
 """Two runs show one sample of the spread: four times that much is taken for the same."""
 _STUCK_LEAST_S = 120.0
 _STUCK_RUNS = 10.0
+_LONGEST_TMPDIR = 55
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +88,25 @@ def conduct(
         # Now, and not after an hour of drilling.
         options.keep.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="holdfast-drill-"))
+    temporary = _short_folder()
     crew = Crew()
     try:
-        return _Drill(command, options, scratch, crew, clock, environment, told).run()
+        return _Drill(command, options, scratch, temporary, crew, clock, environment, told).run()
     finally:
         crew.end_all()
+        shutil.rmtree(temporary, ignore_errors=True)
         if options.keep is None:
             shutil.rmtree(scratch, ignore_errors=True)
         else:
             shutil.move(scratch, options.keep)
+
+
+def _short_folder() -> Path:
+    """For the trainings' temporary files: what is killed cannot clear them away. Loader workers pass tensors through sockets that
+    they make there, and a socket's path has 107 characters at most, of which they need 32.
+    """
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp" if len(usual) > _LONGEST_TMPDIR else usual))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +129,14 @@ class _Drill:
         command: Sequence[str],
         options: DrillOptions,
         scratch: Path,
+        temporary: Path,
         crew: Crew,
         clock: Clock,
         environment: Mapping[str, str],
         told: Callable[[Stage], None],
     ) -> None:
-        self._given, self._options, self._scratch, self._crew = tuple(command), options, scratch, crew
+        self._given, self._options, self._crew = tuple(command), options, crew
+        self._scratch, self._temporary = scratch, temporary
         self._clock, self._told = clock, told
         self._here = Path.cwd()
         self._command = self._given if options.here else _absolute(command, self._here)
@@ -173,10 +186,9 @@ class _Drill:
         return first.baseline.run_s + len(names) * each_s
 
     def _course(self, name: str) -> Course:
-        folder = self._scratch / name
-        # What is killed cannot clear its temporary files away: they go with the folder.
-        temporary = folder / "tmp"
-        temporary.mkdir(parents=True)
+        folder, temporary = self._scratch / name, self._temporary / str(len(list(self._temporary.iterdir())))
+        folder.mkdir()
+        temporary.mkdir()
         return Course(
             command=self._command, folder=folder, work=self._here if self._options.here else folder / "work",
             environment=self._environment | {"TMPDIR": str(temporary)}, clock=self._clock, crew=self._crew,
