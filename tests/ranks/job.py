@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import holdfast
 from holdfast.checkpoint import joint
 from holdfast.train.ranks.together import Together
+from holdfast.train.saves import Saves
 
 SAMPLES, BATCH, EPOCHS, WIDTH = 72, 4, 3, 16
 PLACES = {
@@ -39,6 +40,7 @@ PLACES = {
     "asked to begin": (Together, "next_begin", "after"),
     "handed in": (Together, "hand_in", "after"),
     "outcome": (Together, "outcome", "after"),
+    "leaving": (Saves, "leave_with_live", "before"),
 }
 """Where a rank can be made to die: around these calls of a save."""
 

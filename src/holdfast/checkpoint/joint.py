@@ -4,7 +4,8 @@
     MemberCommitter:         Begin → own part → Ready → Done
 
 A rank that cannot, is gone or too slow fails the save; the checkpoint before it stands. What the others have written for it is
-condemned by rank 0's next head.
+condemned by rank 0's next head. The end of a save tells who is gone: a state that is shared out among those that are left can be
+saved by them, as by a job of so many ranks.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class JointCommitter(Committer):
         self._take = 0
         self._begun = ""
         """The name of the save that members know of; empty: of none."""
+        self._gone: tuple[int, ...] = ()
 
     def commit(self, snapshot: Snapshot, *, finish: bool = False, take: int = 0) -> Committed:
         """As `Committer.commit`. A store that is full is swept, and all try once more. Raises PassedOver too."""
@@ -73,7 +75,9 @@ class JointCommitter(Committer):
 
     def _tell(self, error: BaseException, *, again: bool = False) -> None:
         if self._begun:
-            self._chair.done(Done(name=self._begun, error=f"{type(error).__name__}: {error}", again=again))
+            self._chair.done(
+                Done(name=self._begun, error=f"{type(error).__name__}: {error}", again=again, gone=list(self._gone))
+            )
 
     def _write(self, snapshot: Snapshot, store: Store, uploaded: set[str], known: KnownChunks) -> Written:
         head = self._lineage.head
@@ -82,7 +86,7 @@ class JointCommitter(Committer):
             Begin(
                 name=name, step=snapshot.step, take=self._take, attempt=head.attempt,
                 retained=[ref.name for ref in head.checkpoints],
-                homes=sorted({pin.home for pin in head.pins}),
+                homes=sorted({pin.home for pin in head.pins}), ranks=list(snapshot.ranks),
             )
         )  # fmt: skip
         try:
@@ -92,14 +96,17 @@ class JointCommitter(Committer):
             )  # fmt: skip
         finally:
             # Whatever became of the own part: what the others leave must be known, to be condemned.
-            others = self._gather(name, uploaded)
+            others = self._gather(name, snapshot.ranks, uploaded)
         parts = [mine, *self._all_ready(others)]
         uploaded.add(root_key(name))
         root, root_blake3 = put_root(store, head.run_id, name, parts, snapshot.metadata)
         return _written(root, root_blake3, index, parts)
 
-    def _gather(self, name: str, uploaded: set[str]) -> tuple[dict[int, Ready | Cannot], str | None]:
-        handed_in = self._chair.gather(name)
+    def _gather(
+        self, name: str, ranks: tuple[int, ...], uploaded: set[str]
+    ) -> tuple[dict[int, Ready | Cannot], str | None]:
+        handed_in = self._chair.gather(name, ranks)
+        self._gone = handed_in.gone
         for word in handed_in.words.values():
             uploaded |= {word.part.key, *word.part.sent_objects} if isinstance(word, Ready) else set(word.left)
         return dict(handed_in.words), handed_in.missing
@@ -160,9 +167,14 @@ class MemberCommitter:
         self.known.retain(set(begin.retained), set(begin.homes))
         uploaded: set[str] = set()
         try:
+            if snapshot.ranks != tuple(begin.ranks):
+                raise SaveError(
+                    f"its state is shared out among {len(snapshot.ranks)} ranks, the save's among {len(begin.ranks)}"
+                )
             mine, index = write_part(
-                snapshot, self._store, name=begin.name, rank=self._member.rank, attempt=begin.attempt, known=self.known,
-                tokens=self._tokens, hashing=self._hashing, sending=self._sending, uploaded=uploaded,
+                snapshot, self._store, name=begin.name, rank=snapshot.ranks.index(self._member.rank),
+                attempt=begin.attempt, known=self.known, tokens=self._tokens, hashing=self._hashing,
+                sending=self._sending, uploaded=uploaded,
             )  # fmt: skip
         except Exception as error:
             refusal = Cannot(

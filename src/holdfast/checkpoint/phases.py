@@ -5,7 +5,7 @@ rank 0: Begin → all          phase one: each member Ready or Cannot → rank 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,8 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
     attempt: int
     retained: list[str]
     homes: list[str]
+    ranks: list[int]
+    """Who makes it: all, or those that are left."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -55,6 +57,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     ref: CheckpointRef | None = None
     error: str = ""
     again: bool = False
+    gone: list[int] = []
+    """Ranks that have ended before their part was durable. What comes next is made without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class HandedIn:
 
     words: Mapping[int, Ready | Cannot]
     missing: str | None
+    gone: tuple[int, ...] = ()
+    """Those that will never hand in anything."""
 
 
 class Chair(Protocol):
@@ -70,8 +76,8 @@ class Chair(Protocol):
 
     def begin(self, word: Begin) -> None: ...
 
-    def gather(self, name: str) -> HandedIn:
-        """Waits, for a bounded time, until all have handed in or are gone."""
+    def gather(self, name: str, ranks: Sequence[int]) -> HandedIn:
+        """Waits, for a bounded time, until all of `ranks` but 0 have handed in or are gone."""
         ...
 
     def done(self, word: Done) -> None: ...

@@ -31,7 +31,7 @@ class SaveState(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
     """What a save is of. `deferrable` tells arrays that only optimizers write (None: there are none). `finish` makes it
-    the run's last."""
+    the run's last. `ranks`: among whom the state was shared out."""
 
     flat: FlatTree
     step: int
@@ -40,6 +40,7 @@ class SaveRequest:
     reason: str
     deferrable: Callable[[Leaf], bool] | None
     finish: bool = False
+    ranks: tuple[int, ...] = (0,)
 
 
 class SaveHandle:

@@ -320,7 +320,7 @@ class Saver:
             with collector_paused():
                 snapshot = stage(
                     request.flat, layout, slot, step=request.step, epoch=request.epoch, metadata=request.metadata,
-                    deferrable=request.deferrable,
+                    deferrable=request.deferrable, ranks=request.ranks,
                 )  # fmt: skip
         except BaseException as error:
             with self._condition:
@@ -422,7 +422,9 @@ class Saver:
         self._condition.notify_all()
 
     def _stream(self, request: SaveRequest, layout: Layout, handle: SaveHandle, started_s: float) -> None:
-        snapshot = stream(request.flat, layout, step=request.step, epoch=request.epoch, metadata=request.metadata)
+        snapshot = stream(
+            request.flat, layout, step=request.step, epoch=request.epoch, metadata=request.metadata, ranks=request.ranks
+        )
         with self._condition:
             self._enqueue(_Job(snapshot, self._task(request, handle, started_s, None)))
         self._drain_snapshots()

@@ -49,7 +49,8 @@ def lay_out(flat: FlatTree, previous: Layout | None = None) -> Layout:
 
 @dataclass(slots=True)
 class Snapshot:
-    """What a checkpoint is made from. `metadata` is JSON for the root; `step` and `epoch` are also in it."""
+    """What a checkpoint is made from. `metadata` is JSON for the root; `step` and `epoch` are also in it. `ranks`: who holds the
+    rest of the same state; the place of a rank among them is the number of its part."""
 
     document: bytes
     layout: Layout
@@ -59,6 +60,7 @@ class Snapshot:
     slot: Slot | None
     copies: list[Copy] = field(default_factory=list)
     leaves: tuple[Leaf, ...] = ()
+    ranks: tuple[int, ...] = (0,)
 
     def release(self) -> None:
         """Before an optimizer writes."""
@@ -92,6 +94,7 @@ def stage(
     epoch: int,
     metadata: dict[str, Any],
     deferrable: Callable[[Leaf], bool] | None,
+    ranks: tuple[int, ...] = (0,),
 ) -> Snapshot:
     """Copy every array into `slot`. With CUDA the copy may still run when this returns: see `Snapshot.release`.
 
@@ -109,12 +112,20 @@ def stage(
         values = [leaf.value for leaf in leaves]
         later = [deferrable(leaf) for leaf in leaves] if deferrable else [False] * len(leaves)
         copies.append(leaves[0].adapter.copy(values, [targets[index] for index in indices], later))
-    return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies)
+    return Snapshot(flat.document, layout, step, epoch, metadata, slot, copies, ranks=ranks)
 
 
-def stream(flat: FlatTree, layout: Layout, *, step: int, epoch: int, metadata: dict[str, Any]) -> Snapshot:
+def stream(
+    flat: FlatTree,
+    layout: Layout,
+    *,
+    step: int,
+    epoch: int,
+    metadata: dict[str, Any],
+    ranks: tuple[int, ...] = (0,),
+) -> Snapshot:
     """No copy: valid only while the caller keeps the state unchanged."""
-    return Snapshot(flat.document, layout, step, epoch, metadata, None, leaves=flat.leaves)
+    return Snapshot(flat.document, layout, step, epoch, metadata, None, leaves=flat.leaves, ranks=ranks)
 
 
 def _targets(flat: FlatTree, layout: Layout, slot: Slot) -> list[Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import SaveError, UsageError
 from holdfast.data.global_batch import Micro
 from holdfast.data.position import Position
 from holdfast.train.loader import ResumableLoader
@@ -79,9 +79,14 @@ class Place:
 
     # ---- state
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint remembers."""
+    def state(self, world_size: int | None = None) -> dict[str, Any]:
+        """What a checkpoint remembers; one made by `world_size` ranks, if some of all are gone. Raises SaveError when nobody else
+        knows where the data of those is."""
         loader, at = self.current if self.position.batch else None, self.position
+        if world_size is None:
+            world_size = self.world_size
+        elif world_size != self.world_size and loader is not None and loader.is_own:
+            raise SaveError("each rank reads data of its own, and only those that are gone knew where theirs is")
         batches = None if loader is None else {
             **loader.describe(), "own": loader.is_own, "over": loader.is_over(at.batch, at.samples),
         }  # fmt: skip
@@ -89,7 +94,7 @@ class Place:
             "step": self.step,
             "position": at.to_json(),
             "seed": self.seed,
-            "world_size": self.world_size,
+            "world_size": world_size,
             "step_samples": {str(phase): samples for phase, samples in self._step_samples.items()},
             "loader": None if loader is None else loader.state(),
             "batches": batches,

@@ -249,7 +249,11 @@ class Saves:
             self.save("leaving")
         durable = self._settle(within_s)
         if not durable and self._last_failed():
-            self.save("leaving, second try")
+            try:
+                self.save("leaving, second try")
+            except SaveError as error:
+                self._record.warn(str(error))
+                return False
             durable = self._settle(within_s)
         return durable
 

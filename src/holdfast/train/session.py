@@ -347,7 +347,8 @@ class Session:
     def capture(self, reason: str, finish: bool) -> SaveRequest:
         """The live state, as of now."""
         place, tracker = self._place, self._tracker
-        own = {**place.state(), "parameters": tracker.parameters()}
+        ranks = (0,) if self._together is None else self._together.survivors
+        own = {**place.state(len(ranks)), "parameters": tracker.parameters()}
         metadata = {
             "step": place.step,
             "epoch": place.position.epoch,
@@ -355,7 +356,7 @@ class Session:
             **describe_state(tracker.optimizers(), tracker.modules()),
             "batch_size": place.batch_size,
             "seed": place.seed,
-            "world_size": place.world_size,
+            "world_size": len(ranks),
             "starts": [self.claim.record.run_id if self.claim is not None else None, self._starts],
             "config": hidden(self._settings.config),
             "script_hyperparameters": self._settings.script,
@@ -364,13 +365,14 @@ class Session:
         }
         tree = {"tracked": tracker.state(), "holdfast": own}
         return SaveRequest(
-            flat=flatten(tree) if self._sharer is None else self._sharer.take(tree, place.step),
+            flat=flatten(tree) if self._sharer is None else self._sharer.take(tree, place.step, ranks),
             step=place.step,
             epoch=place.position.epoch,
             metadata=metadata,
             reason=reason,
             deferrable=self._deferrable(),
             finish=finish,
+            ranks=ranks,
         )
 
     def _deferrable(self) -> Callable[[Leaf], bool] | None:

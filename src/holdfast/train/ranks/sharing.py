@@ -8,6 +8,7 @@ The comparison tells data-parallel replicas from parameters that only happen to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from blake3 import blake3
 from holdfast.checkpoint.arrays import ArraySpec, adapter_for
 from holdfast.checkpoint.shares import OWN, REPLICATED, Sharing, agree_on_shards, sharded, share_out, staged
 from holdfast.checkpoint.tree import FlatTree, Leaf, flatten
+from holdfast.core.errors import SaveError
 from holdfast.train.ranks.together import Together
 from holdfast.train.tracked import Tracker
 
@@ -33,26 +35,47 @@ class Sharer:
         self._signature: list[tuple[object, ...]] | None = None
         self._replicated: frozenset[str] = frozenset()
         self._holders: dict[str, tuple[int, ...]] = {}
+        self._holder_groups: list[list[int]] = []
+        """Every group of ranks that alone hold some shard."""
         self._agreements: dict[int, int] = {}
 
-    def take(self, tree: dict[str, Any], step: int) -> FlatTree:
-        """What this rank stages of the state. All ranks call it at the same step. Raises RanksApart when one of them does not."""
+    def take(self, tree: dict[str, Any], step: int, ranks: tuple[int, ...]) -> FlatTree:
+        """What this rank stages of the state. All `ranks` call it at the same step; fewer than there were, if some are gone.
+
+        Raises RanksApart when one of them does not, SaveError when what they hold is not the whole state.
+        """
+        if len(ranks) < self._together.size:
+            return self._take_without(tree, ranks)
         flat = flatten(tree, rank=self._together.rank, is_own=self._is_own)
         signature = self._describe(flat)
         if signature != self._signature:
             self._agree(flatten(tree), step)
             flat = flatten(tree, rank=self._together.rank, is_own=self._is_own)
             self._signature = self._describe(flat)
-        specs, sharing = [leaf.spec for leaf in flat.leaves], [self._sharing(leaf) for leaf in flat.leaves]
-        return staged(flat, share_out(specs, sharing, rank=self._together.rank, world_size=self._together.size))
+        return self._mine(flat, ranks)
+
+    def _take_without(self, tree: dict[str, Any], ranks: tuple[int, ...]) -> FlatTree:
+        """What was agreed on by all holds on; nothing that only the others had may be missing."""
+        lost = next((group for group in self._holder_groups if not set(group) & set(ranks)), None)
+        now = self._describe(flatten(tree, rank=self._together.rank, is_own=self._is_own))
+        if lost is not None or self._signature != now:
+            whose = "others" if lost is None else " and ".join(map(str, lost))
+            raise SaveError(f"the state is not whole without what only rank {whose} had; the checkpoint before stands")
+        return self._mine(flatten(tree, rank=ranks.index(self._together.rank), is_own=self._is_own), ranks)
+
+    def _mine(self, flat: FlatTree, ranks: tuple[int, ...]) -> FlatTree:
+        number_of = {rank: number for number, rank in enumerate(ranks)}
+        specs, sharing = [leaf.spec for leaf in flat.leaves], [self._sharing(leaf, number_of) for leaf in flat.leaves]
+        return staged(flat, share_out(specs, sharing, rank=number_of[self._together.rank], world_size=len(ranks)))
 
     def _is_own(self, path: str, value: Any) -> bool:
         adapter = adapter_for(value)
         return path not in self._replicated and (adapter is None or adapter.holders(value) is None)
 
-    def _sharing(self, leaf: Leaf) -> Sharing:
+    def _sharing(self, leaf: Leaf, number_of: Mapping[int, int]) -> Sharing:
         if leaf.adapter.holders(leaf.value) is not None:
-            return sharded(self._holders.get(leaf.name, (self._together.rank,)))
+            holders = self._holders.get(leaf.name, (self._together.rank,))
+            return sharded([number_of[rank] for rank in holders if rank in number_of])
         return REPLICATED if leaf.name in self._replicated else OWN
 
     def _describe(self, flat: FlatTree) -> list[tuple[object, ...]]:
@@ -94,6 +117,7 @@ class Sharer:
         )  # fmt: skip
         agreed = msgspec.msgpack.decode(answer, type=_Agreed)
         self._replicated = frozenset(agreed.replicated)
+        self._holder_groups = agreed.holder_groups
         held = {(name, tuple(offsets)): tuple(holders) for name, offsets, holders in agreed.held_by_several}
         self._holders = {
             leaf.name: held[leaf.name, leaf.spec.offsets] for leaf in shards if (leaf.name, leaf.spec.offsets) in held
@@ -108,10 +132,12 @@ class _Contents(msgspec.Struct, frozen=True):
 
 
 class _Agreed(msgspec.Struct, frozen=True):
-    """What all have alike; and shards, by name and offsets, that more than one rank holds."""
+    """What all have alike; shards, by name and offsets, that more than one rank holds; and every group of ranks that alone hold
+    some shard."""
 
     replicated: list[str]
     held_by_several: list[tuple[str, list[int], list[int]]]
+    holder_groups: list[list[int]]
 
 
 def _fingerprint(leaf: Leaf) -> bytes:
@@ -127,8 +153,11 @@ def _compare(payloads: list[bytes]) -> bytes:
     ranks = [msgspec.msgpack.decode(payload, type=_Contents) for payload in payloads]
     shards = [dict(contents.shards) for contents in ranks]
     several: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    groups: set[tuple[int, ...]] = set()
     for mine, holders_of in zip(shards, agree_on_shards(shards), strict=True):
         for spec in mine:
+            if spec.nbytes:
+                groups.add(holders_of[spec.name])
             if len(holders_of[spec.name]) > 1:
                 several[spec.name, spec.offsets] = holders_of[spec.name]
     first, *others = ranks
@@ -136,4 +165,4 @@ def _compare(payloads: list[bytes]) -> bytes:
         name for name, content in first.plain.items() if all(other.plain.get(name) == content for other in others)
     ]
     held = [(name, list(offsets), list(holders)) for (name, offsets), holders in several.items()]
-    return msgspec.msgpack.encode(_Agreed(replicated, held))
+    return msgspec.msgpack.encode(_Agreed(replicated, held, sorted(map(list, groups))))

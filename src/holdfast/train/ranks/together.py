@@ -10,7 +10,7 @@ Every wait is bounded, and names the ranks that have not answered.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from holdfast.checkpoint.phases import Begin, Cannot, Done, HandedIn, Ready
@@ -51,6 +51,7 @@ class Together:
         self._asked_at_s = 0.0
         self._present = {0} if rank == 0 else set()
         self._gone: set[int] = set()
+        self._survivors = tuple(range(size))
         self._said: dict[str, dict[int, bytes]] = {}
         self._answers: dict[str, Answer] = {}
         self._begins: dict[str, Begin] = {}
@@ -67,6 +68,11 @@ class Together:
         """Ranks whose connection has broken; for a member, only rank 0's can."""
         with self._condition:
             return sorted(self._gone)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Who makes the next checkpoint: all, but for those without which one has failed."""
+        return self._survivors
 
     def connect(self, link: Link, told: Callable[[bytes], None]) -> None:
         """`told` is called with every notice that another rank has heard, from the link's thread."""
@@ -122,6 +128,7 @@ class Together:
             elif isinstance(word, Ready | Cannot) and word.name in self._handed_in:
                 self._handed_in[word.name][rank] = word
             elif isinstance(word, Done):
+                self._go_on_without(word.gone)
                 self._outcomes[word.name] = word
             self._condition.notify_all()
 
@@ -248,14 +255,14 @@ class Together:
             self._handed_in[word.name] = {}
         self._send_all(word)
 
-    def gather(self, name: str) -> HandedIn:
-        """Rank 0: what the members hand in, once all have, or are gone, or the time is over."""
-        members = set(range(1, self.size))
+    def gather(self, name: str, ranks: Sequence[int]) -> HandedIn:
+        """Rank 0: what the members among `ranks` hand in, once all have, or are gone, or the time is over."""
+        members = set(ranks) - {0}
         with self._condition:
             found = self._handed_in[name]
             self._condition.wait_for(lambda: members <= found.keys() | self._gone, self._commit_timeout_s)
             found = self._handed_in.pop(name)
-            gone, slow = sorted(self._gone - found.keys()), sorted(members - found.keys() - self._gone)
+            gone, slow = sorted(members & self._gone - found.keys()), sorted(members - found.keys() - self._gone)
         missing = None
         if gone:
             missing = f"{_ranks(gone)} ended before its part of the checkpoint was durable"
@@ -264,11 +271,16 @@ class Together:
                 f"{_ranks(slow)} did not make its part of the checkpoint durable within {self._commit_timeout_s:g} s "
                 "(commit_timeout)"
             )
-        return HandedIn(found, missing)
+        return HandedIn(found, missing, tuple(gone))
 
     def done(self, word: Done) -> None:
         """Rank 0: the end of a save."""
+        self._go_on_without(word.gone)
         self._send_all(word)
+
+    def _go_on_without(self, gone: Sequence[int]) -> None:
+        if gone:
+            self._survivors = tuple(rank for rank in self._survivors if rank not in gone)
 
     def next_begin(self, step: int, take: int) -> Begin:
         """Member: the save of that snapshot, or of a later one. Those of earlier ones are turned down. Raises SaveError."""
