@@ -41,8 +41,8 @@ def test_only_the_save_in_flight_fits(zygote: Zygote, reference: dict[str, Any],
         # In flight for as long as the test wants, however busy the machine is.
         (ground.control / "block").touch()
         ground.until(lambda: ground.step() >= 30)
-        ground.tell(3.0)
-        ground.until(ground.decisions)
+        ground.tell(3.6)
+        ground.until(lambda: "finish the save in flight" in ground.log.read_text())
         (ground.control / "block").unlink()
         assert ground.wait() == EXIT_PREEMPTED, ground.log.read_text()
     assert {decision["action"] for decision in ground.decisions()} == {"finish the save in flight"}
