@@ -12,7 +12,8 @@ from grounds import Ground, Zygote, eventually
 
 from holdfast.agent.heir import rescue
 from holdfast.checkpoint.format import CheckpointRef
-from holdfast.checkpoint.handover import newest_left_behind
+from holdfast.checkpoint.handover import left_behind
+from holdfast.checkpoint.staging import Slot
 from holdfast.core.clock import SystemClock
 from holdfast.core.events import Event
 from holdfast.store.base import Store
@@ -36,14 +37,14 @@ def open_plain(url: str, *, options: Mapping[str, str] | None = None) -> Store:
 
 def rescued(ground: Ground) -> CheckpointRef | None:
     assert ground.agent is not None
-    slots = ground.agent.take_slots()
-    try:
-        return rescue(
-            ground.control, slots, open_store=open_plain, clock=SystemClock(), sink=Told(), say=lambda line: None
-        )
-    finally:
-        for slot in slots.values():
-            slot.close()
+    return rescue(
+        ground.control,
+        ground.agent.slots(),
+        open_store=open_plain,
+        clock=SystemClock(),
+        sink=Told(),
+        say=lambda line: None,
+    )
 
 
 def resident_bytes_of_staging() -> int:
@@ -74,12 +75,14 @@ def test_killed_at_random_moments(zygote: Zygote, reference: dict[str, Any], tmp
             ground.until(lambda goal=goal: ground.step() >= goal)
             ground.kill()
             assert resident_bytes_of_staging() == 0
-            committed, left = ground.durable_step(), newest_left_behind(ground.control)
+            committed, left = ground.durable_step(), left_behind(ground.control)
             ref = rescued(ground)
-            reached = max(committed, left.step if left is not None else 0)
+            reached = max(committed, *(one.share.step for one in left), 0)
             assert ground.durable_step() == reached, ground.log.read_text()
             assert (ref is not None) == (reached > committed)
             assert rescued(ground) is None
+            assert ground.agent is not None
+            ground.agent.forget_slots()
             if number == 2:
                 descriptors = set(os.listdir("/proc/self/fd"))
             if ground.durable_step() > 100:
@@ -97,7 +100,7 @@ def test_the_one_that_waits_behind_a_blocked_save(zygote: Zygote, reference: dic
     with ground.attended():
         ground.start()
         ground.until_place()
-        eventually(lambda: (left := newest_left_behind(ground.control)) is not None and left.step == 5)
+        eventually(lambda: 5 in [left.share.step for left in left_behind(ground.control)])
         ground.kill()
         ref = rescued(ground)
     assert ref is not None
@@ -127,9 +130,9 @@ def test_not_when_somebody_else_has_claimed(zygote: Zygote, reference: dict[str,
         ground.until_place()
         ground.kill()
         assert ground.agent is not None
-        slots = ground.agent.take_slots()
-        left = (ground.control / "snapshot-0", ground.control / "snapshot-1")
-        kept = {path: path.read_bytes() for path in left if path.exists()}
+        slots = {key: Slot(slot.size_bytes, os.dup(slot.descriptor)) for key, slot in ground.agent.slots().items()}
+        ground.agent.forget_slots()
+        kept = {path: path.read_bytes() for path in ground.control.glob("snapshot-*")}
         assert kept
         assert ground.finish() == reference  # another attempt has claimed, and is done
         for path, body in kept.items():

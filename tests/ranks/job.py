@@ -26,6 +26,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
 from holdfast.checkpoint import joint
+from holdfast.core.contract import ENV_CONTROL
+from holdfast.store.base import Body
+from holdfast.store.local import LocalStore
 from holdfast.train.ranks.together import Together
 from holdfast.train.saves import Saves
 
@@ -62,6 +65,17 @@ def die_at(place: str, number: int) -> None:
         return result
 
     setattr(owner, name, dying)
+
+
+def block_writes(block: Path) -> None:
+    whole = LocalStore.put
+
+    def put(self: LocalStore, key: str, body: Body) -> None:
+        while key.startswith("data/") and block.exists():
+            time.sleep(0.005)
+        whole(self, key, body)
+
+    LocalStore.put = put  # type: ignore[method-assign]
 
 
 def digest(value: Any) -> str:
@@ -114,8 +128,13 @@ def train(
     place: str = "",
     at: int = 1,
     result: str = "",
+    control: str = "",
 ) -> None:
-    """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end."""
+    """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
+    `control`: the folder of the agent that watches over this rank. Data is not written while there is a file `<url>.block`."""
+    if control:
+        os.environ[ENV_CONTROL] = control
+    block_writes(Path(f"{url}.block"))
     if place:
         die_at(place, at)
     rank = dist.get_rank()

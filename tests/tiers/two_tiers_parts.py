@@ -12,6 +12,7 @@ from interleaved import RUN_ID, FakeClock, load_tree, make_state, no_home, same_
 from parts import request
 
 from holdfast.checkpoint.heads import Lineage, read_truth
+from holdfast.checkpoint.near import near_disk
 from holdfast.checkpoint.read import Fallback, restore_newest
 from holdfast.checkpoint.retain import Keep
 from holdfast.checkpoint.saver import Saver, SaverOptions
@@ -138,7 +139,7 @@ def begin(
             attempt.restored = number_of(tree)
             saver.adopt(attempt.staged)
             return attempt
-    near = None if tier is None else tier.store
+    near = [] if tier is None else [near_disk(tier.store)]
     read = restore_newest(
         store, head, no_home, lambda reader: (reader, load_tree(reader)), fell_back=fell_back, near=near
     )

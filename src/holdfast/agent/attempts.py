@@ -205,19 +205,22 @@ class Attempts:
         return self._mirror.has_progressed()
 
     def _rescue(self, exit_code: int) -> None:
-        """Commit the snapshot that a trainer has left in shared memory, unless it has left in good order."""
-        slots = self._rounds.notices.control.take_slots()
-        try:
-            if self._open_store is not None and slots and exit_code not in (EXIT_DONE, EXIT_FENCED):
-                ref = rescue(
-                    self._rounds.folder, slots, open_store=self._open_store, clock=self._clock, sink=self._sink,
-                    say=self._say,
-                )  # fmt: skip
-                if ref is not None:
-                    self._page.committed(ref.step)
-        finally:
-            for slot in slots.values():
-                slot.close()
+        """Commit the snapshot that a trainer has left in shared memory, unless it has left in good order.
+
+        The memory is kept for the next attempt, which may read there what it would have to fetch.
+        """
+        control = self._rounds.notices.control
+        if exit_code in (EXIT_DONE, EXIT_FENCED):
+            control.forget_slots()
+            return
+        slots = control.slots()
+        if self._open_store is not None and slots:
+            ref = rescue(
+                self._rounds.folder, slots, open_store=self._open_store, clock=self._clock, sink=self._sink,
+                say=self._say,
+            )  # fmt: skip
+            if ref is not None:
+                self._page.committed(ref.step)
 
     def _pause(self, seconds: float) -> bool:
         self._supervisor.pause(seconds, self._rounds)

@@ -3,6 +3,7 @@
 notice → tell → every trainer that is connected, and each that connects later, while the notice stands
 trainer: ready → `ready` (what could be made durable is durable)
 trainer: slots and descriptors → the memory of its snapshots, which stays when the trainer dies (heir.py)
+trainer: inherit → the memory that those before it have left, until one of them makes room of its own
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from holdfast.checkpoint.staging import Slot
 from holdfast.core.contract import (
     CONTROL_SOCKET,
     MOST_WORD_BYTES,
+    InheritedWord,
+    InheritWord,
     NoticeWord,
     ReadyWord,
     SlotsWord,
+    Word,
     control_address,
     decode_words,
     encode_word,
@@ -31,6 +36,13 @@ __all__ = ["ControlSocket"]
 
 _MOST_SLOTS = 16
 _SETTLE_S = 5.0
+
+
+class _Memory(NamedTuple):
+    """The slots of one rank, and the connection that it announced them on."""
+
+    trainer: socket.socket
+    slots: list[Slot]
 
 
 class ControlSocket:
@@ -44,7 +56,8 @@ class ControlSocket:
         self._ready = ready
         self._standing: dict[str, NoticeWord] = {}
         self._trainers: set[socket.socket] = set()
-        self._slots: dict[int, Slot] = {}
+        self._memory: dict[int, _Memory] = {}
+        """By rank."""
         self._readers: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._telling = threading.Lock()
@@ -78,18 +91,24 @@ class ControlSocket:
             for trainer in trainers:
                 self._send(trainer, word)
 
-    def take_slots(self) -> dict[int, Slot]:
-        """The staging memory of the last trainer that announced any, by number; the caller closes it.
+    def slots(self) -> dict[int, Slot]:
+        """The staging memory that trainers have announced, by `memory_id`; it stays this socket's.
 
-        For after the trainer's death: waits until everything that it has said is understood.
+        For after their death: waits until everything that they have said is understood.
         """
         with self._lock:
             readers = list(self._readers)
         for reader in readers:
             reader.join(_SETTLE_S)
         with self._lock:
-            slots, self._slots = self._slots, {}
-        return slots
+            return {slot.memory_id: slot for memory in self._memory.values() for slot in memory.slots}
+
+    def forget_slots(self) -> None:
+        """Nobody needs them any more."""
+        with self._lock:
+            memory, self._memory = self._memory, {}
+        for held in memory.values():
+            _close(held.slots)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -100,8 +119,8 @@ class ControlSocket:
         for trainer in trainers:
             with suppress(OSError):
                 trainer.shutdown(socket.SHUT_RDWR)
-        for slot in self.take_slots().values():
-            slot.close()
+        self.slots()
+        self.forget_slots()
         with suppress(OSError):
             self._path.unlink()
 
@@ -121,9 +140,12 @@ class ControlSocket:
                         self._send(trainer, word)
                 reader.start()
 
-    def _send(self, trainer: socket.socket, word: NoticeWord) -> None:
+    def _send(self, trainer: socket.socket, word: Word, slots: list[Slot] | None = None) -> None:
         try:
-            trainer.sendall(encode_word(word))
+            if slots:
+                socket.send_fds(trainer, [encode_word(word)], [slot.descriptor for slot in slots])
+            else:
+                trainer.sendall(encode_word(word))
         except OSError:
             # Half a word may have gone out; its reader sees the end, and closes.
             with suppress(OSError):
@@ -161,18 +183,41 @@ class ControlSocket:
                 elif isinstance(word, SlotsWord):
                     mine = descriptors[: len(word.sizes_bytes)]
                     del descriptors[: len(word.sizes_bytes)]
-                    self._hold(word, mine)
+                    self._hold(trainer, word, mine)
+                elif isinstance(word, InheritWord):
+                    self._hand_down(trainer)
 
-    def _hold(self, word: SlotsWord, descriptors: list[int]) -> None:
-        slots = {}
-        for number, (size_bytes, descriptor) in enumerate(zip(word.sizes_bytes, descriptors, strict=False)):
+    def _hand_down(self, heir: socket.socket) -> None:
+        """What those before it have left. It stays here as well: others may ask, and the heir may die."""
+        with self._telling:
+            with self._lock:
+                dead = {rank: held for rank, held in self._memory.items() if held.trainer not in self._trainers}
+                for rank, held in sorted(dead.items()):
+                    sizes_bytes = [slot.size_bytes for slot in held.slots]
+                    self._send(heir, SlotsWord(sizes_bytes=sizes_bytes, rank=rank), held.slots)
+            self._send(heir, InheritedWord())
+
+    def _hold(self, trainer: socket.socket, word: SlotsWord, descriptors: list[int]) -> None:
+        slots = []
+        for size_bytes, descriptor in zip(word.sizes_bytes, descriptors, strict=False):
             if size_bytes <= 0:
                 os.close(descriptor)
                 continue
             # Memory that cannot be mapped is memory that cannot be rescued.
             with suppress(OSError, ValueError, OverflowError, UsageError):
-                slots[number] = Slot(size_bytes, descriptor)
+                slots.append(Slot(size_bytes, descriptor))
         with self._lock:
-            before, self._slots = self._slots, slots
-        for slot in before.values():
-            slot.close()
+            # Whoever makes room of its own has no use any more for what others have left, and the machine not for both.
+            void = [
+                rank for rank, held in self._memory.items() if rank == word.rank or held.trainer not in self._trainers
+            ]
+            before = [self._memory.pop(rank) for rank in void]
+            if slots:
+                self._memory[word.rank] = _Memory(trainer, slots)
+        for held in before:
+            _close(held.slots)
+
+
+def _close(slots: list[Slot]) -> None:
+    for slot in slots:
+        slot.close()

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from holdfast.checkpoint.estate import commit_left_behind
 from holdfast.checkpoint.format import CheckpointRef
-from holdfast.checkpoint.handover import commit_left_behind, newest_left_behind
+from holdfast.checkpoint.handover import inherited
 from holdfast.checkpoint.staging import Slot
 from holdfast.core.clock import Clock
 from holdfast.core.events import Event, Sink
@@ -28,12 +29,13 @@ def rescue(
     sink: Sink,
     say: Callable[[str], None],
 ) -> CheckpointRef | None:
-    """Commit what a dead trainer left behind, if it is newer than what is committed. Never raises: the next attempt starts anyway.
+    """Commit what dead trainers of this machine left behind, if it is a whole state and newer than what is committed. Never raises:
+    the next attempt starts anyway.
 
-    `sink` gets `snapshot.rescued` or `snapshot.lost`.
+    `slots`: by `memory_id`. `sink` gets `snapshot.rescued` or `snapshot.lost`.
     """
-    left = newest_left_behind(folder)
-    if left is None:
+    found = inherited(folder, slots)
+    if not found:
         return None
     stores: dict[str, Store] = {}
 
@@ -45,13 +47,12 @@ def rescue(
     started_s = clock.monotonic_s()
     try:
         ref = commit_left_behind(
-            left, slots, open_home(left.url), open_home=open_home, clock=clock, tokens=random_token
+            found, open_home(found[0].left.url), open_home=open_home, clock=clock, tokens=random_token
         )
     except Exception as error:  # The description comes from a process that has died: whatever is wrong with it.
-        say(
-            f"holdfast: the snapshot of step {left.step}, which the command left in memory, could not be committed: {error}"
-        )
-        sink.emit(Event("snapshot.lost", clock.unix_s(), {"step": left.step, "error": str(error)}))
+        step = max(one.left.share.step for one in found)
+        say(f"holdfast: the snapshot of step {step}, which the command left in memory, could not be committed: {error}")
+        sink.emit(Event("snapshot.lost", clock.unix_s(), {"step": step, "error": str(error)}))
         return None
     finally:
         for store in stores.values():

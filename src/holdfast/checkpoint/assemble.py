@@ -58,8 +58,9 @@ class Assembled(msgspec.Struct, frozen=True, gc=False):
 
 
 @collector_paused()
-def assemble(parts: Sequence[Part], *, what: str) -> dict[str, Assembled]:
-    """Every array of the parts, by name. Raises FormatError when the parts of one do not fit together."""
+def assemble(parts: Sequence[Part], *, what: str, is_whole: bool = True) -> dict[str, Assembled]:
+    """Every array of the parts, by name. Raises FormatError when the parts of one do not fit together. Unless `is_whole`, these are
+    not all parts of the checkpoint, and pieces may be missing."""
     arrays: dict[str, Assembled] = {}
     shared: dict[str, list[Piece]] = {}
     first_object = 0
@@ -76,16 +77,16 @@ def assemble(parts: Sequence[Part], *, what: str) -> dict[str, Assembled]:
                 shared[entry.name] = [piece]
         first_object += len(part.objects)
     for name, pieces in shared.items():
-        arrays[name] = _joined(arrays[name], pieces, what)
+        arrays[name] = _joined(arrays[name], pieces, what, is_whole)
     return arrays
 
 
-def _joined(array: Assembled, pieces: Sequence[Piece], what: str) -> Assembled:
+def _joined(array: Assembled, pieces: Sequence[Piece], what: str, is_whole: bool) -> Assembled:
     for piece in pieces:
         if (piece.entry.dtype, piece.entry.global_shape) != (array.dtype, array.shape):
             raise FormatError(f"{what}: array {array.name!r} has parts of different dtypes or global shapes")
     filled = tuple(piece for piece in pieces if piece.entry.chunks)
-    problem = tiling_problem(array.shape, [piece.rectangle for piece in filled])
+    problem = tiling_problem(array.shape, [piece.rectangle for piece in filled]) if is_whole else None
     if problem:
         raise FormatError(f"{what}: array {array.name!r} {problem}")
     return msgspec.structs.replace(array, pieces=filled)

@@ -90,11 +90,10 @@ class Committer:
         self._named: _Coming | None = None
         """The checkpoint that a head was last asked to name. Whether it does may still be unknown."""
 
-    def commit(self, snapshot: Snapshot, *, finish: bool = False, take: int = 0) -> Committed:
+    def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
         """Make the snapshot the run's newest checkpoint. Raises Fenced, SaveError, and what the store raises.
 
-        `take` tells snapshots of one step apart, where several ranks must mean the same one. When the store is full, garbage is
-        swept (orphans of dead attempts may be what fills it) and the save is tried once more.
+        When the store is full, garbage is swept (orphans of dead attempts may be what fills it) and the save is tried once more.
         """
         try:
             return self._commit(snapshot, finish)

@@ -1,7 +1,7 @@
-"""A snapshot that outlives its process: what the trainer leaves for the agent, and how the agent commits it.
+"""A snapshot that outlives its process: what a trainer leaves in memory, for the agent or for the next trainers of this machine.
 
     trainer: slot memory (memfd, its descriptor handed over once) + a description per complete snapshot, in the control folder
-    trainer dies → agent: newest complete description, its memory → claim, if nobody else has claimed since → commit
+    it dies → descriptions, and the memory that they speak of → shares of states (estate.py: one that is whole can be committed)
 
 A description is removed before its slot is filled anew, and put back when the copy is complete; so what is described is whole.
 Hashes are computed from the same memory by whoever writes, as in any save.
@@ -11,44 +11,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from holdfast.checkpoint.arrays import ArraySpec
-from holdfast.checkpoint.commit import Committer
-from holdfast.checkpoint.format import CheckpointRef, Head
-from holdfast.checkpoint.heads import Lineage, read_truth
-from holdfast.checkpoint.promote import keep_segments
-from holdfast.checkpoint.read import open_checkpoint
-from holdfast.checkpoint.retain import Keep, StoreOpener
+from holdfast.checkpoint.format import Head
 from holdfast.checkpoint.snapshot import Layout, Snapshot
 from holdfast.checkpoint.staging import Slot
-from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, IntegrityError, NotFound
-from holdfast.core.ids import TokenSource
-from holdfast.store.base import Store
 
-__all__ = ["Heir", "LeftBehind", "Legacy", "commit_left_behind", "newest_left_behind"]
+__all__ = ["Heir", "Inherited", "LeftBehind", "Legacy", "Share", "inherited", "left_behind"]
 
 _PREFIX = "snapshot-"
-_THREADS = 4
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """Which rank's share of which state: taken under that claim, at that step, and shared out among `ranks`. `take` tells snapshots
+    of one step apart."""
+
+    run_id: str
+    owner: str
+    generation: int
+    step: int
+    take: int
+    ranks: tuple[int, ...]
+    rank: int
+
+    @property
+    def number(self) -> int:
+        """Of the part that it becomes."""
+        return self.ranks.index(self.rank)
 
 
 class LeftBehind(msgspec.Struct, frozen=True, kw_only=True):
     """One complete snapshot in a slot, and under whose claim it was taken."""
 
-    slot: int
     memory: int
     """Which memory the slot was (its inode), so that a description is never read with the bytes of another one."""
     url: str
-    run_id: str
-    owner: str
-    generation: int
-    step: int
+    share: Share
     epoch: int
     document: bytes
     specs: tuple[ArraySpec, ...]
@@ -58,17 +61,27 @@ class LeftBehind(msgspec.Struct, frozen=True, kw_only=True):
     segments: dict[str, bytes]
     """What was logged up to this step and is not known to be in the ledger yet."""
 
-    def snapshot(self, slot: Slot) -> Snapshot:
-        """The snapshot as the saver had it; it reads from `slot`."""
-        layout = Layout(self.specs, self.offsets, self.total_bytes)
-        return Snapshot(self.document, layout, self.step, self.epoch, self.metadata, slot)
+
+class Inherited(NamedTuple):
+    """A snapshot that somebody who is gone has left, and its memory."""
+
+    left: LeftBehind
+    slot: Slot
+
+    def snapshot(self) -> Snapshot:
+        """As the saver had it; it reads from the slot."""
+        left, share = self.left, self.left.share
+        layout = Layout(left.specs, left.offsets, left.total_bytes)
+        return Snapshot(
+            left.document, layout, share.step, left.epoch, left.metadata, self.slot, ranks=share.ranks, take=share.take
+        )
 
 
 class Heir(Protocol):
     """Takes the memory of slots. Never raises: an heir that is gone is no reason to stop."""
 
-    def take_slots(self, slots: Sequence[Slot]) -> None:
-        """From now on descriptions mean these, by their index."""
+    def take_slots(self, slots: Sequence[Slot], rank: int) -> None:
+        """What this rank has handed over before is void."""
         ...
 
 
@@ -76,22 +89,19 @@ class Legacy:
     """The trainer's side. Owned by the saver; `begins` is called by the loop's thread, `complete` by any."""
 
     def __init__(
-        self,
-        folder: Path,
-        heir: Heir,
-        store: Store,
-        lineage: Lineage,
-        unsent: Callable[[], dict[str, bytes]] = dict,
+        self, folder: Path, heir: Heir, url: str, head: Head, rank: int, unsent: Callable[[], dict[str, bytes]] = dict
     ) -> None:
-        self._folder, self._heir, self._store, self._lineage, self._unsent = folder, heir, store, lineage, unsent
+        """`head`: any of this claim."""
+        self._folder, self._heir, self._url, self._head, self._rank = folder, heir, url, head, rank
+        self._unsent = unsent
         self._slots: list[Slot] = []
 
     def slots_made(self, slots: Sequence[Slot]) -> None:
         with suppress(OSError):
-            for path in self._folder.glob(f"{_PREFIX}*"):
+            for path in self._folder.glob(f"{_PREFIX}{self._rank}-*"):
                 path.unlink(missing_ok=True)
         self._slots = list(slots)
-        self._heir.take_slots(slots)
+        self._heir.take_slots(slots, self._rank)
 
     def begins(self, slot: Slot) -> None:
         """The slot is about to be filled anew: what it held is not described any more."""
@@ -102,15 +112,17 @@ class Legacy:
         """Every byte of the snapshot is in its slot."""
         if snapshot.slot is None or snapshot.slot not in self._slots:
             return
-        head, layout = self._lineage.head, snapshot.layout
+        head, layout = self._head, snapshot.layout
+        share = Share(
+            run_id=head.run_id, owner=head.owner, generation=head.generation, step=snapshot.step, take=snapshot.take,
+            ranks=snapshot.ranks, rank=self._rank,
+        )  # fmt: skip
         left = LeftBehind(
-            slot=self._slots.index(snapshot.slot), memory=snapshot.slot.memory_id, url=self._store.url,
-            run_id=head.run_id, owner=head.owner,
-            generation=head.generation, step=snapshot.step, epoch=snapshot.epoch, document=snapshot.document,
-            specs=layout.specs, offsets=layout.offsets, total_bytes=layout.total_bytes,
+            memory=snapshot.slot.memory_id, url=self._url, share=share, epoch=snapshot.epoch,
+            document=snapshot.document, specs=layout.specs, offsets=layout.offsets, total_bytes=layout.total_bytes,
             metadata=snapshot.metadata, segments=self._unsent(),
         )  # fmt: skip
-        path = self._path(left.slot)
+        path = self._path(self._slots.index(snapshot.slot))
         # A disk that is full costs the insurance, not the save.
         with suppress(OSError):
             temporary = path.with_suffix(".new")
@@ -118,65 +130,24 @@ class Legacy:
             os.replace(temporary, path)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{_PREFIX}{number}"
+        return self._folder / f"{_PREFIX}{self._rank}-{number}"
 
 
-def newest_left_behind(folder: Path) -> LeftBehind | None:
-    """The newest complete snapshot that is described in the control folder. What cannot be read is passed over."""
+def left_behind(folder: Path) -> list[LeftBehind]:
+    """The complete snapshots that are described in the control folder. What cannot be read is passed over."""
     found = []
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         if path.suffix:
             continue
         with suppress(OSError, msgspec.MsgspecError):
             found.append(msgspec.msgpack.decode(path.read_bytes(), type=LeftBehind))
-    return max(found, key=lambda left: left.step, default=None)
+    return found
 
 
-def commit_left_behind(
-    left: LeftBehind,
-    slots: Mapping[int, Slot],
-    store: Store,
-    *,
-    open_home: StoreOpener,
-    clock: Clock,
-    tokens: TokenSource,
-) -> CheckpointRef | None:
-    """Commit the snapshot of a trainer that has died. None when it is not newer than what is committed, or no longer continues it.
-
-    Invariant: only a snapshot that was taken under the newest claim is committed: whoever has claimed since goes on from elsewhere.
-    Raises what the store raises, Fenced when somebody claims at the same moment.
-    """
-    truth = read_truth(store, left.run_id).head
-    if truth is None or not _continues(left, truth) or left.slot not in slots:
-        return None
-    slot = slots[left.slot]
-    if slot.memory_id != left.memory or slot.size_bytes < left.total_bytes:
-        return None
-
-    def change(body: Head) -> Head:
-        if body.nonce != truth.nonce:
-            raise Fenced(f"{store.url}: somebody else has claimed the run meanwhile")
-        return body
-
-    lineage = Lineage(store, left.run_id, clock=clock, tokens=tokens)
-    lineage.claim(change)
-    keep_segments(store, left.segments)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="holdfast-send") as pool:
-        committer = Committer(
-            store, lineage, keep=Keep(last=None), open_home=open_home, clock=clock, tokens=tokens, hashing=pool,
-            sending=pool,
-        )  # fmt: skip
-        current = [ref for ref in truth.checkpoints if ref.generation == truth.generation]
-        with suppress(IntegrityError, NotFound):
-            if current:
-                reader = open_checkpoint(store, current[-1], open_home)
-                committer.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
-                committer.roots.remember(reader.root)
-        return committer.commit(left.snapshot(slot)).ref
-
-
-def _continues(left: LeftBehind, truth: Head) -> bool:
-    if truth.owner != left.owner or truth.generation != left.generation or truth.finished or truth.removed:
-        return False
-    current = [ref.step for ref in truth.checkpoints if ref.generation == truth.generation]
-    return left.step > max(current, default=-1)
+def inherited(folder: Path, slots: Mapping[int, Slot]) -> list[Inherited]:
+    """What is described there and whose memory is among `slots`, by their `memory_id`."""
+    return [
+        Inherited(left, slot)
+        for left in left_behind(folder)
+        if (slot := slots.get(left.memory)) is not None and slot.size_bytes >= left.total_bytes
+    ]

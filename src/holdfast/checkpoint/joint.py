@@ -10,12 +10,13 @@ saved by them, as by a job of so many ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import Any
 
 from holdfast.checkpoint.commit import Committed, Committer
-from holdfast.checkpoint.format import Part
-from holdfast.checkpoint.phases import Begin, Cannot, Chair, Done, Member, Ready
+from holdfast.checkpoint.format import Head, Part
+from holdfast.checkpoint.phases import Begin, Cannot, Chair, Done, HandedIn, Member, Ready
 from holdfast.checkpoint.retain import Roots, StoreOpener, root_key
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.write import (
@@ -30,7 +31,7 @@ from holdfast.core.errors import HoldfastError, PassedOver, SaveError, StoreFull
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
-__all__ = ["JointCommitter", "MemberCommitter"]
+__all__ = ["JointCommitter", "MemberCommitter", "begin_word", "left_in_store", "put_joint_root", "ready_parts"]
 
 
 class JointCommitter(Committer):
@@ -39,14 +40,12 @@ class JointCommitter(Committer):
     def __init__(self, store: Store, *arguments: Any, chair: Chair, **options: Any) -> None:
         super().__init__(store, *arguments, **options)
         self._chair = chair
-        self._take = 0
         self._begun = ""
         """The name of the save that members know of; empty: of none."""
         self._gone: tuple[int, ...] = ()
 
-    def commit(self, snapshot: Snapshot, *, finish: bool = False, take: int = 0) -> Committed:
+    def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
         """As `Committer.commit`. A store that is full is swept, and all try once more. Raises PassedOver too."""
-        self._take = take
         try:
             return self._together(snapshot, finish)
         except StoreFull as error:
@@ -61,7 +60,7 @@ class JointCommitter(Committer):
             raise
 
     def _together(self, snapshot: Snapshot, finish: bool) -> Committed:
-        self._begun = ""
+        self._begun, self._gone = "", ()
         try:
             committed = self._commit(snapshot, finish)
         except StoreFull:
@@ -82,13 +81,7 @@ class JointCommitter(Committer):
     def _write(self, snapshot: Snapshot, store: Store, uploaded: set[str], known: KnownChunks) -> Written:
         head = self._lineage.head
         name = self._begun = checkpoint_name(head.number + 1, head.attempt, self._tokens)
-        self._chair.begin(
-            Begin(
-                name=name, step=snapshot.step, take=self._take, attempt=head.attempt,
-                retained=[ref.name for ref in head.checkpoints],
-                homes=sorted({pin.home for pin in head.pins}), ranks=list(snapshot.ranks),
-            )
-        )  # fmt: skip
+        self._chair.begin(begin_word(name, head, snapshot))
         try:
             mine, index = write_part(
                 snapshot, store, name=name, rank=0, attempt=head.attempt, known=known, tokens=self._tokens,
@@ -96,33 +89,54 @@ class JointCommitter(Committer):
             )  # fmt: skip
         finally:
             # Whatever became of the own part: what the others leave must be known, to be condemned.
-            others = self._gather(name, snapshot.ranks, uploaded)
-        parts = [mine, *self._all_ready(others)]
-        uploaded.add(root_key(name))
-        root, root_blake3 = put_root(store, head.run_id, name, parts, snapshot.metadata)
-        return _written(root, root_blake3, index, parts)
-
-    def _gather(
-        self, name: str, ranks: tuple[int, ...], uploaded: set[str]
-    ) -> tuple[dict[int, Ready | Cannot], str | None]:
-        handed_in = self._chair.gather(name, ranks)
-        self._gone = handed_in.gone
-        for word in handed_in.words.values():
-            uploaded |= {word.part.key, *word.part.sent_objects} if isinstance(word, Ready) else set(word.left)
-        return dict(handed_in.words), handed_in.missing
-
-    def _all_ready(self, others: tuple[dict[int, Ready | Cannot], str | None]) -> list[WrittenPart]:
-        words, missing = others
-        refusals = {rank: word for rank, word in sorted(words.items()) if isinstance(word, Cannot)}
-        if missing is not None and not refusals:
-            raise SaveError(missing)
-        for rank, word in refusals.items():
-            kind = StoreFull if word.is_full else PassedOver if word.is_gone else SaveError
-            raise kind(f"rank {rank}: {word.why}")
-        return [word.part for _, word in sorted(words.items()) if isinstance(word, Ready)]
+            handed_in = self._chair.gather(name, snapshot.ranks)
+            self._gone = handed_in.gone
+            uploaded |= left_in_store(handed_in.words.values())
+        parts = [mine, *ready_parts(handed_in)]
+        return put_joint_root(store, head.run_id, name, parts, index, snapshot.metadata, uploaded)
 
 
-def _written(root: Any, root_blake3: str, index: Part, parts: list[WrittenPart]) -> Written:
+def begin_word(name: str, head: Head, snapshot: Snapshot) -> Begin:
+    """What whoever writes a part of the checkpoint called `name` must know."""
+    return Begin(
+        name=name, step=snapshot.step, take=snapshot.take, attempt=head.attempt,
+        retained=[ref.name for ref in head.checkpoints], homes=sorted({pin.home for pin in head.pins}),
+        ranks=list(snapshot.ranks),
+    )  # fmt: skip
+
+
+def left_in_store(words: Iterable[Ready | Cannot]) -> set[str]:
+    """The names of what lies there because of these, or may."""
+    found: set[str] = set()
+    for word in words:
+        found |= {word.part.key, *word.part.sent_objects} if isinstance(word, Ready) else set(word.left)
+    return found
+
+
+def ready_parts(handed_in: HandedIn) -> list[WrittenPart]:
+    """All parts, in order. Raises SaveError, StoreFull or PassedOver when one is missing."""
+    words = handed_in.words
+    refusals = {rank: word for rank, word in sorted(words.items()) if isinstance(word, Cannot)}
+    if handed_in.missing is not None and not refusals:
+        raise SaveError(handed_in.missing)
+    for rank, word in refusals.items():
+        kind = StoreFull if word.is_full else PassedOver if word.is_gone else SaveError
+        raise kind(f"rank {rank}: {word.why}")
+    return [word.part for _, word in sorted(words.items()) if isinstance(word, Ready)]
+
+
+def put_joint_root(
+    store: Store,
+    run_id: str,
+    name: str,
+    parts: list[WrittenPart],
+    index: Part,
+    metadata: dict[str, Any],
+    uploaded: set[str],
+) -> Written:
+    """The root of a checkpoint whose parts are durable; `index` is the part that this process has written."""
+    uploaded.add(root_key(name))
+    root, root_blake3 = put_root(store, run_id, name, parts, metadata)
     total_bytes, sent_bytes = sum(part.total_bytes for part in parts), sum(part.sent_bytes for part in parts)
     sent_objects = frozenset(key for part in parts for key in part.sent_objects)
     return Written(root, root_blake3, index, total_bytes, sent_bytes, total_bytes - sent_bytes, sent_objects)
@@ -146,12 +160,12 @@ class MemberCommitter:
         self.known = KnownChunks()
         self.roots = Roots(store, open_home)
 
-    def commit(self, snapshot: Snapshot, *, finish: bool = False, take: int = 0) -> Committed:
+    def commit(self, snapshot: Snapshot, *, finish: bool = False) -> Committed:
         """This rank's part of the checkpoint of that snapshot. Raises SaveError when it does not come to be, PassedOver when
         rank 0 saves a later one instead."""
         while True:
-            begin = self._member.next_begin(snapshot.step, take)
-            if (begin.step, begin.take) != (snapshot.step, take):
+            begin = self._member.next_begin(snapshot.step, snapshot.take)
+            if (begin.step, begin.take) != (snapshot.step, snapshot.take):
                 self._member.put_back(begin)
                 raise PassedOver(f"the save of step {snapshot.step} was passed over: rank 0 saves step {begin.step}")
             mine, index = self._phase_one(snapshot, begin)

@@ -30,8 +30,6 @@ class SaveTask:
     finish: bool
     taken_s: float
     stall_s: float | None
-    take: int = 0
-    """Of the snapshots of this step, the how manieth."""
 
 
 class Sent(NamedTuple):

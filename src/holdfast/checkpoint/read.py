@@ -32,6 +32,7 @@ from holdfast.checkpoint.format import (
     digest,
 )
 from holdfast.checkpoint.heads import read_truth
+from holdfast.checkpoint.near import Near, NearFor, Readable
 from holdfast.checkpoint.retain import StoreOpener, read_root
 from holdfast.checkpoint.targets import Target, Wanted, wanted_for
 from holdfast.checkpoint.write import block_hashes
@@ -45,7 +46,10 @@ from holdfast.core.errors import (
 )
 from holdfast.store.base import Store
 
-__all__ = ["CheckpointReader", "Fallback", "Target", "open_checkpoint", "read_part", "read_threads", "restore_newest"]
+__all__ = [
+    "CheckpointReader", "Fallback", "Target", "check_total", "find_root", "open_checkpoint", "read_part", "read_parts",
+    "read_threads", "restore_newest",
+]  # fmt: skip
 
 _SMALL_BYTES = 1 << 20
 _JOIN_GAP_BYTES = 64 << 10
@@ -65,8 +69,8 @@ class Fallback:
 class CheckpointReader:
     """One verified index and access to the bytes behind it. Thread-safe.
 
-    `parts` are those of the root, by rank. `near` is a disk of this machine that may hold copies of the run's own objects: what is
-    there and verifies is read from there. Raises FormatError when the parts do not fit together.
+    `parts` are those of the root, by rank. `near` may have copies of the run's own objects on this machine: what is there and
+    verifies is read from there. Raises FormatError when the parts do not fit together.
     """
 
     def __init__(
@@ -76,24 +80,45 @@ class CheckpointReader:
         root: Root,
         parts: Sequence[Part],
         open_home: StoreOpener,
-        near: Store | None = None,
+        near: Sequence[Near] = (),
     ) -> None:
         self._near = near
-        self._near_keys = set() if near is None else _keys_on(near)
         self.ref = ref
         self.root = root
-        self.parts = tuple(parts)
+        self._store, self._open_home = store, open_home
         self._label = f"{store.url}/{ref.name}"
-        self.arrays: dict[str, Assembled] = assemble(self.parts, what=self._label)
-        homes = {home: open_home(home) for home in dict.fromkeys(home for part in parts for home in part.homes)}
+        self._lay_out(parts)
+
+    def _lay_out(self, parts: Sequence[Part], *, is_whole: bool = True) -> None:
+        """These parts are what is known of the checkpoint."""
+        self._parts = tuple(parts)
+        self._arrays = assemble(self._parts, what=self._label, is_whole=is_whole)
+        homes = {home: self._open_home(home) for home in dict.fromkeys(home for part in parts for home in part.homes)}
         self._objects = [
-            (homes[part.homes[target.home - 1]] if target.home else store, target)
+            (homes[part.homes[target.home - 1]] if target.home else self._store, target)
             for part in parts for target in part.objects
         ]  # fmt: skip
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all ranks."""
+        return self._parts
+
+    @property
+    def arrays(self) -> dict[str, Assembled]:
+        """All of them, by name."""
+        return self._arrays
+
+    def part(self, rank: int) -> Part:
+        return self.parts[rank]
+
+    def find(self, name: str) -> Assembled | None:
+        """One of the arrays; None where there is none of that name."""
+        return self.arrays.get(name)
+
     def document(self, rank: int = 0) -> bytes:
         """What the rank's state consists of."""
-        return self.parts[rank].document
+        return self.part(rank).document
 
     def read(
         self,
@@ -141,13 +166,14 @@ class CheckpointReader:
         self._read_nearest(group[0].object, lambda store, key: _fill_group(store, key, group))
         progress(sum(item.length for item in group))
 
-    def _read_nearest(self, number: int, fill: Callable[[Store, str], Wanted | None]) -> None:
-        """`fill` reads from a store and returns what does not verify. What the disk lacks or has altered comes from the store."""
+    def _read_nearest(self, number: int, fill: Callable[[Readable, str], Wanted | None]) -> None:
+        """`fill` reads from somewhere and returns what does not verify. What nobody near has unaltered comes from the store."""
         store, reference = self._objects[number]
-        if self._near is not None and reference.home == 0 and reference.key in self._near_keys:
-            with suppress(HoldfastError):
-                if fill(self._near, reference.key) is None:
-                    return
+        for near in self._near:
+            if reference.home == 0 and reference.key in near.keys:
+                with suppress(HoldfastError):
+                    if fill(near, reference.key) is None:
+                        return
         altered = fill(store, reference.key)
         if altered is not None:
             raise IntegrityError(
@@ -155,14 +181,7 @@ class CheckpointReader:
             )
 
 
-def _keys_on(disk: Store) -> set[str]:
-    try:
-        return {entry.key for entry in disk.list("data/")}
-    except HoldfastError:
-        return set()
-
-
-def _fill(store: Store, key: str, item: Wanted, target: memoryview) -> bool:
+def _fill(store: Readable, key: str, item: Wanted, target: memoryview) -> bool:
     """From a disk block by block, each hashed while it is in the CPU's cache; over a network by one request."""
     step_bytes = BLOCK_BYTES if store.is_near else item.length
     hashes = []
@@ -173,7 +192,7 @@ def _fill(store: Store, key: str, item: Wanted, target: memoryview) -> bool:
     return b"".join(hashes) == item.hashes
 
 
-def _fill_group(store: Store, key: str, group: Sequence[Wanted]) -> Wanted | None:
+def _fill_group(store: Readable, key: str, group: Sequence[Wanted]) -> Wanted | None:
     start = group[0].offset
     together = memoryview(bytearray(max(item.offset + item.length for item in group) - start))
     store.read_into(key, start, together)
@@ -214,7 +233,7 @@ def open_checkpoint(
     store: Store,
     ref: CheckpointRef,
     open_home: StoreOpener,
-    near: Store | None = None,
+    near: Sequence[NearFor] = (),
     pool: ThreadPoolExecutor | None = None,
 ) -> CheckpointReader:
     """Read and verify the root and the parts of all ranks. A checkpoint that a fork borrows is read from its home. Parts are read
@@ -222,27 +241,42 @@ def open_checkpoint(
 
     Raises IntegrityError or NotFound.
     """
-    where = store if ref.home is None else open_home(ref.home)
-    root = read_root(where, ref)
-    label = f"{where.url}/{ref.name}"
-    if root.world_size != len(root.parts) or not root.parts:
-        raise FormatError(f"{label}: written by {root.world_size} ranks, but it has {len(root.parts)} parts")
-    if len(root.parts) == 1:
-        parts = [read_part(where, root, 0)]
-    elif pool is not None:
-        parts = _read_parts(where, root, pool)
-    else:
-        with ThreadPoolExecutor(min(len(root.parts), _FAR_THREADS), thread_name_prefix="holdfast-read") as own:
-            parts = _read_parts(where, root, own)
-    reader = CheckpointReader(where, ref, root, parts, open_home, near if ref.home is None else None)
+    where, root = find_root(store, ref, open_home)
+    parts = read_parts(where, root, range(len(root.parts)), pool)
+    found = [one for look in near if (one := look(ref, parts)) is not None] if ref.home is None else []
+    reader = CheckpointReader(where, ref, root, parts, open_home, found)
     # What a restore allocates is known, and was shown to people, before any of it is allocated.
-    if sum(array.nbytes for array in reader.arrays.values()) != ref.total_bytes:
-        raise FormatError(f"{label}: its arrays do not have the {ref.total_bytes} bytes that the head says")
+    check_total(reader)
     return reader
 
 
-def _read_parts(store: Store, root: Root, pool: ThreadPoolExecutor) -> list[Part]:
-    tasks = [pool.submit(read_part, store, root, rank) for rank in range(len(root.parts))]
+def find_root(store: Store, ref: CheckpointRef, open_home: StoreOpener) -> tuple[Store, Root]:
+    """The root, verified, and the store that it lies in. Raises IntegrityError or NotFound."""
+    where = store if ref.home is None else open_home(ref.home)
+    root = read_root(where, ref)
+    if root.world_size != len(root.parts) or not root.parts:
+        raise FormatError(
+            f"{where.url}/{ref.name}: written by {root.world_size} ranks, but it has {len(root.parts)} parts"
+        )
+    return where, root
+
+
+def check_total(reader: CheckpointReader) -> None:
+    """Raises FormatError when the checkpoint does not have the size that the head says."""
+    if sum(array.nbytes for array in reader.arrays.values()) != reader.ref.total_bytes:
+        raise FormatError(
+            f"{reader.ref.name}: its arrays do not have the {reader.ref.total_bytes} bytes that the head says"
+        )
+
+
+def read_parts(store: Store, root: Root, ranks: Sequence[int], pool: ThreadPoolExecutor | None = None) -> list[Part]:
+    """The parts of these ranks, verified. `store` is the one that the root lies in. Raises IntegrityError or NotFound."""
+    if len(ranks) == 1:
+        return [read_part(store, root, ranks[0])]
+    if pool is None:
+        with ThreadPoolExecutor(min(len(ranks), _FAR_THREADS), thread_name_prefix="holdfast-read") as own:
+            return read_parts(store, root, ranks, own)
+    tasks = [pool.submit(read_part, store, root, rank) for rank in ranks]
     try:
         return [task.result() for task in tasks]
     finally:
@@ -271,7 +305,7 @@ def restore_newest(
     load: Callable[[CheckpointReader], Result],
     *,
     fell_back: Callable[[Fallback], None],
-    near: Store | None = None,
+    near: Sequence[NearFor] = (),
 ) -> Result | None:
     """Load the newest checkpoint of the current generation that verifies; None when the head retains none (any more).
 

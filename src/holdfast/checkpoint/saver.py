@@ -329,6 +329,7 @@ class Saver:
                 SaveState.FAILED, error=SaveError(f"the state of step {request.step} could not be copied: {error}")
             )
             raise
+        snapshot.take = self._taken[1]
         self._newest = snapshot
         now_s = self._clock.monotonic_s()
         self.stall_s_of_last = now_s - started_s
@@ -349,7 +350,7 @@ class Saver:
         """The copy is all that the writer needs: the live arrays must not be kept alive by a save that waits."""
         return SaveTask(
             handle=handle, step=request.step, reason=request.reason, finish=request.finish, taken_s=taken_s,
-            stall_s=stall_s, take=self._taken[1],
+            stall_s=stall_s,
         )  # fmt: skip
 
     def _enqueue(self, job: _Job) -> None:
@@ -458,7 +459,7 @@ class Saver:
                     self._hand_over(task, staged)
                     return
                 self._tiers.stand_aside(task)
-            done = self._committer.commit(job.snapshot, finish=task.finish, take=task.take)
+            done = self._committer.commit(job.snapshot, finish=task.finish)
         except BaseException as error:
             self._outcomes.failed(task, error)
             return

@@ -22,6 +22,7 @@ from holdfast.core.errors import UnsupportedState, UsageError
 from holdfast.store.base import PAGE_BYTES
 
 __all__ = [
+    "LEAST_STRETCH_BYTES",
     "OWN",
     "REPLICATED",
     "WHOLE_BELOW_BYTES",
@@ -35,6 +36,8 @@ __all__ = [
 
 WHOLE_BELOW_BYTES = 256 << 10
 """A replicated leaf that is no larger is written by one rank. A cut moves by at most as much to make stretches whole pages."""
+LEAST_STRETCH_BYTES = 16 << 20
+"""So many ranks write what all have that each gets at least so much: at a restore, every rank reads from each that has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ def agree_on_shards(shards: Sequence[Mapping[ArraySpec, bytes]]) -> list[dict[st
             raise UnsupportedState(
                 f"{name}: its shards on the ranks {problem}. Give what is not the same tensor another name on each rank"
             )
-    return [{spec.name: tuple(held[spec]) for spec in mine} for mine in shards]
+    holders = {spec: tuple(ranks) for spec, ranks in held.items()}
+    return [{spec.name: holders[spec] for spec in mine} for mine in shards]
 
 
 def _shards_problem(specs: Sequence[ArraySpec], held: Mapping[ArraySpec, Mapping[int, bytes]]) -> str | None:
@@ -103,8 +107,9 @@ def share_out(
     """What `rank` writes, in the order of the leaves.
 
     Replicated leaves must be the same ones on all ranks, and sharded leaves the same ones on all of their holders, in any order;
-    own leaves may differ. Every byte of a replicated leaf is then in the plan of exactly one rank. The bytes of them that a rank
-    writes differ from the even share by what two cuts are off: each by half a row, or by `WHOLE_BELOW_BYTES`, at most.
+    own leaves may differ. Every byte of a replicated leaf is then in the plan of exactly one rank; where there are fewer of them
+    than `LEAST_STRETCH_BYTES` for each, the last ranks write none. The bytes of them that another writes differ from the even share
+    by what two cuts are off: each by half a row, or by `WHOLE_BELOW_BYTES`, at most.
     """
     by_name = sorted(range(len(specs)), key=lambda number: specs[number].name)
     replicated = [number for number in by_name if sharing[number].kind == "replicated"]
@@ -142,7 +147,8 @@ def _stretches(specs: Sequence[ArraySpec], rank: int, world_size: int) -> list[t
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} does not exist among {world_size}")
     total_bytes = sum(spec.nbytes for spec in specs)
-    begin, end = (total_bytes * number // world_size for number in (rank, rank + 1))
+    writers = min(world_size, max(1, total_bytes // LEAST_STRETCH_BYTES))
+    begin, end = (total_bytes * min(number, writers) // writers for number in (rank, rank + 1))
     found: list[tuple[int, tuple[int, int] | None]] = []
     position = 0
     for number, spec in enumerate(specs):

@@ -50,7 +50,7 @@ def lay_out(flat: FlatTree, previous: Layout | None = None) -> Layout:
 @dataclass(slots=True)
 class Snapshot:
     """What a checkpoint is made from. `metadata` is JSON for the root; `step` and `epoch` are also in it. `ranks`: who holds the
-    rest of the same state; the place of a rank among them is the number of its part."""
+    rest of the same state; the place of a rank among them is the number of its part. `take` tells snapshots of one step apart."""
 
     document: bytes
     layout: Layout
@@ -61,6 +61,7 @@ class Snapshot:
     copies: list[Copy] = field(default_factory=list)
     leaves: tuple[Leaf, ...] = ()
     ranks: tuple[int, ...] = (0,)
+    take: int = 0
 
     def release(self) -> None:
         """Before an optimizer writes."""

@@ -33,6 +33,7 @@ from holdfast.checkpoint.format import (
     unseal,
 )
 from holdfast.checkpoint.heads import head_numbers, read_head
+from holdfast.checkpoint.near import NearDisk
 from holdfast.checkpoint.read import CheckpointReader, Fallback, open_checkpoint
 from holdfast.checkpoint.retain import StoreOpener, checkpoint_keys
 from holdfast.checkpoint.write import Written
@@ -318,7 +319,9 @@ def load_staged(
     for staged in tier.candidates(store, head):
         written = staged.written
         try:
-            reader = CheckpointReader(store, staged.ref, written.root, [written.part], open_home, tier.store)
+            reader = CheckpointReader(
+                store, staged.ref, written.root, [written.part], open_home, [NearDisk(tier.store)]
+            )
             return staged, load(reader)
         except (IntegrityError, NotFound) as error:
             fell_back(Fallback(staged.ref, f"on the local disk: {error}"))

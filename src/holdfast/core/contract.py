@@ -150,12 +150,22 @@ class KeptWord(msgspec.Struct, tag="kept", frozen=True, kw_only=True):
 
 
 class SlotsWord(msgspec.Struct, tag="slots", frozen=True, kw_only=True):
-    """Trainer to agent: the staging memory is made anew; one descriptor for each size comes along. What came before is void."""
+    """Trainer to agent: the staging memory of this rank is made anew; one descriptor for each size comes along. What came before is
+    void. Agent to trainer: the memory that a rank which is gone has left."""
 
     sizes_bytes: list[int]
+    rank: int = 0
 
 
-Word = NoticeWord | ReadyWord | SlotsWord | KeptWord
+class InheritWord(msgspec.Struct, tag="inherit", frozen=True, kw_only=True):
+    """Trainer to agent: hand over the memory of those that are gone."""
+
+
+class InheritedWord(msgspec.Struct, tag="inherited", frozen=True, kw_only=True):
+    """Agent to trainer: that was all."""
+
+
+Word = NoticeWord | ReadyWord | SlotsWord | InheritWord | InheritedWord | KeptWord
 _WORDS: msgspec.json.Decoder[Word] = msgspec.json.Decoder(Word)
 
 

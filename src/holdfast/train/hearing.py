@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.checkpoint.handover import Legacy
-from holdfast.checkpoint.heads import Lineage
+from holdfast.checkpoint.format import Head
+from holdfast.checkpoint.handover import Inherited, Legacy, inherited
 from holdfast.checkpoint.staging import Slot
 from holdfast.core.clock import Clock
 from holdfast.core.config import format_duration
@@ -27,6 +27,8 @@ from holdfast.core.contract import (
     ENV_CONTROL,
     ENV_NOTICE,
     MOST_WORD_BYTES,
+    InheritedWord,
+    InheritWord,
     NoticeWord,
     ReadyWord,
     SlotsWord,
@@ -34,15 +36,18 @@ from holdfast.core.contract import (
     decode_words,
     encode_word,
 )
+from holdfast.core.errors import UsageError
 from holdfast.core.events import Event, Sink
 from holdfast.notice.base import Notice
 from holdfast.notice.words import as_notice
-from holdfast.store.base import Store
 
 if TYPE_CHECKING:
     from holdfast.notice.listen import Listener
 
 __all__ = ["Hearing"]
+
+_INHERIT_S = 5.0
+_MOST_DESCRIPTORS = 16
 
 
 class Hearing:
@@ -52,18 +57,27 @@ class Hearing:
         self._spec, self._clock, self._emit, self._say = spec, clock, emit, say
         self._agent: _Agent | None = None
         self._listener: Listener | None = None
+        self._listens = False
+
+    def join_silently(self, environ: Mapping[str, str]) -> None:
+        """Another process of this machine listens for this one; only its memory is known to the agent."""
+        self._meet_agent(environ, lambda notice: None)
+
+    def _meet_agent(self, environ: Mapping[str, str], heard: Callable[[Notice], None]) -> None:
+        folder = environ.get(ENV_CONTROL)
+        if folder and (Path(folder) / CONTROL_SOCKET).exists():
+            with suppress(OSError):
+                self._agent = _Agent(Path(folder), heard)
 
     def start(self, environ: Mapping[str, str], heard: Callable[[Notice], None]) -> None:
         """Begin to listen; returns at once. `heard` is called from a thread of its own.
 
         Raises UsageError for a `notice` that is wrongly written.
         """
-        folder = environ.get(ENV_CONTROL)
-        if folder and (Path(folder) / CONTROL_SOCKET).exists():
-            with suppress(OSError):
-                self._agent = _Agent(Path(folder), heard)
+        self._meet_agent(environ, heard)
         # An agent listens for both; a script that names a source of its own hears that as well.
         spec = self._spec or ("none" if self._agent is not None else environ.get(ENV_NOTICE) or "auto")
+        self._listens = True
         if spec == "none":
             return
         listen = _load_listening()
@@ -83,14 +97,26 @@ class Hearing:
 
     def acknowledge(self, notice: Notice) -> None:
         """The checkpoint is durable: whoever waits for that word gets it."""
-        if self._agent is not None:
+        if self._agent is not None and self._listens:
             self._agent.say(ReadyWord(notice_id=notice.id))
         if self._listener is not None:
             self._listener.acknowledge(notice)
 
-    def legacy(self, store: Store, lineage: Lineage, unsent: Callable[[], dict[str, bytes]]) -> Legacy | None:
-        """Where an agent watches: what it gets to commit, should this process die first."""
-        return None if self._agent is None else Legacy(self._agent.folder, self._agent, store, lineage, unsent)
+    def legacy(self, url: str, head: Head, rank: int, unsent: Callable[[], dict[str, bytes]]) -> Legacy | None:
+        """Where an agent watches: what it gets to commit, should this process die first. `head`: any of this claim."""
+        return None if self._agent is None else Legacy(self._agent.folder, self._agent, url, head, rank, unsent)
+
+    def inherited(self) -> list[Inherited]:
+        """What trainers of this machine that are gone have left in memory, and an agent has kept. The caller closes the slots."""
+        if self._agent is None:
+            return []
+        slots = {slot.memory_id: slot for slot in self._agent.inherit()}
+        found = inherited(self._agent.folder, slots)
+        described = {one.left.memory for one in found}
+        for memory_id, slot in slots.items():
+            if memory_id not in described:
+                slot.close()
+        return found
 
     def close(self) -> None:
         if self._agent is not None:
@@ -145,6 +171,8 @@ class _Agent:
         finally:
             os.close(opened)
         self._sending = threading.Lock()
+        self._inherited: list[Slot] = []
+        self._that_was_all = threading.Event()
         threading.Thread(target=self._read, name="holdfast-control", daemon=True).start()
 
     def say(self, word: ReadyWord) -> None:
@@ -152,8 +180,16 @@ class _Agent:
         with self._sending, suppress(OSError):
             self._socket.sendall(encode_word(word))
 
-    def take_slots(self, slots: Sequence[Slot]) -> None:
-        word = encode_word(SlotsWord(sizes_bytes=[slot.size_bytes for slot in slots]))
+    def inherit(self) -> list[Slot]:
+        """The memory of those that are gone; the caller closes it. What does not come in time is not waited for."""
+        with self._sending, suppress(OSError):
+            self._socket.sendall(encode_word(InheritWord()))
+            self._that_was_all.wait(_INHERIT_S)
+        found, self._inherited = self._inherited, []
+        return found
+
+    def take_slots(self, slots: Sequence[Slot], rank: int) -> None:
+        word = encode_word(SlotsWord(sizes_bytes=[slot.size_bytes for slot in slots], rank=rank))
         with self._sending, suppress(OSError):
             if slots:
                 socket.send_fds(self._socket, [word], [slot.descriptor for slot in slots])
@@ -166,11 +202,25 @@ class _Agent:
         self._socket.close()
 
     def _read(self) -> None:
-        rest = b""
+        rest, descriptors = b"", []
         with suppress(OSError):
-            while data := self._socket.recv(65536):
+            while True:
+                data, received, _, _ = socket.recv_fds(self._socket, 65536, _MOST_DESCRIPTORS)
+                descriptors += received
+                if not data:
+                    break
                 words, rest = decode_words(rest + data)
                 rest = rest if len(rest) <= MOST_WORD_BYTES else b""
                 for word in words:
                     if isinstance(word, NoticeWord):
                         self._heard(as_notice(word))
+                    elif isinstance(word, SlotsWord):
+                        mine, descriptors = descriptors[: len(word.sizes_bytes)], descriptors[len(word.sizes_bytes) :]
+                        for size_bytes, descriptor in zip(word.sizes_bytes, mine, strict=False):
+                            # Memory that cannot be mapped is memory that cannot be used.
+                            with suppress(OSError, ValueError, OverflowError, UsageError):
+                                self._inherited.append(Slot(size_bytes, descriptor))
+                    elif isinstance(word, InheritedWord):
+                        self._that_was_all.set()
+        for descriptor in descriptors:
+            os.close(descriptor)

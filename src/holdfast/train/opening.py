@@ -33,12 +33,14 @@ class StoreFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run that is open. `lineage` is None for a finished run, which is only read, and on ranks whose claim is rank 0's."""
+    """A run that is open. `lineage` is None for a finished run, which is only read, and on ranks whose claim is rank 0's. `before`:
+    the head that was claimed."""
 
     record: RunRecord
     head: Head | None
     lineage: Lineage | None
     finished: bool
+    before: Head | None = None
 
 
 def choose_url(url: str | None, environ: Mapping[str, str], script: str) -> tuple[str, bool]:
@@ -110,4 +112,4 @@ def open_run(
         return msgspec.structs.replace(body, identity=identity, generation=generation)
 
     lineage = Lineage(store, record.run_id, clock=clock, tokens=tokens)
-    return Claim(record, lineage.claim(begin, revive=fresh), lineage, finished=False)
+    return Claim(record, lineage.claim(begin, revive=fresh), lineage, finished=False, before=head)

@@ -61,7 +61,7 @@ class _Destination:
 
     @property
     def is_empty(self) -> bool:
-        return not self.stored.pieces if self.rectangle is None else self.rectangle.size == 0
+        return self.stored.nbytes == 0 if self.rectangle is None else self.rectangle.size == 0
 
 
 _Destinations = dict[tuple[str, Rectangle | None], _Destination]
@@ -100,7 +100,7 @@ def load_checkpoint(
     and the rest is returned in `skipped`. Raises IntegrityError when bytes do not verify: the objects then hold undefined
     values, and the caller goes on to another checkpoint or gives up.
     """
-    document = decode_document(reader.document(rank if len(reader.parts) == world_size else 0))
+    document = decode_document(reader.document(rank if reader.root.world_size == world_size else 0))
     if not isinstance(document, dict) or not isinstance(document.get("tracked"), dict):
         raise FormatError("the checkpoint's state document does not hold tracked objects")
     saved: dict[str, Any] = document["tracked"]
@@ -299,7 +299,7 @@ def _mismatch(reader: CheckpointReader, differences: list[str]) -> TrackedStateM
 
 
 def _stored(reader: CheckpointReader, name: str) -> Assembled:
-    stored = reader.arrays.get(name)
+    stored = reader.find(name)
     if stored is None:
         raise FormatError(f"the checkpoint's document names the array {name!r}, which its index does not hold")
     return stored

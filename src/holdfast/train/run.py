@@ -154,6 +154,7 @@ class Run(Batching):
             record=self._record,
             open_store=lambda where: open_store(where, options=store_options),
             legacy=self._hearing.legacy,
+            inherited=self._hearing.inherited,
             clock=clock,
             tokens=tokens,
         )
@@ -247,6 +248,8 @@ class Run(Batching):
             if world.local_rank == 0:
                 self._record.meet_agent(os.environ)
                 self._hearing.start(os.environ, self._heard)
+            else:
+                self._hearing.join_silently(os.environ)
             self._signals.tell(self._hearing.received)
             self._record.entered(Phase.RESTORING)
             self._record.stopwatch.enter(Doing.RESTORE)

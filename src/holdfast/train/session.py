@@ -15,8 +15,8 @@ import torch
 
 from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef, Head
-from holdfast.checkpoint.handover import Legacy
-from holdfast.checkpoint.heads import Lineage
+from holdfast.checkpoint.handover import Inherited, Legacy
+from holdfast.checkpoint.near import NearFor, near_disk, near_memory
 from holdfast.checkpoint.read import CheckpointReader, Fallback, open_checkpoint, read_threads, restore_newest
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
@@ -33,6 +33,7 @@ from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
+from holdfast.train.ranks.inheriting import commit_heritage, commit_heritage_together
 from holdfast.train.ranks.joining import claim_together, restore_together, same_for_all
 from holdfast.train.ranks.sharing import Sharer
 from holdfast.train.ranks.together import Together
@@ -76,13 +77,15 @@ class Session:
         settings: Settings,
         record: Record,
         open_store: Callable[[str], Store],
-        legacy: Callable[[Store, Lineage, Callable[[], dict[str, bytes]]], Legacy | None],
+        legacy: Callable[[str, Head, int, Callable[[], dict[str, bytes]]], Legacy | None],
+        inherited: Callable[[], list[Inherited]],
         clock: Clock,
         tokens: TokenSource,
     ) -> None:
         self._options, self._tracker, self._place, self._settings = options, tracker, place, settings
         self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
-        self._legacy = legacy
+        self._legacy, self._find_inherited = legacy, inherited
+        self._inherited: list[Inherited] = []
         self._stores: dict[str, Store] = {}
         self._saver: Saver | None = None
         self._tier: Tier | None = None
@@ -144,7 +147,13 @@ class Session:
                 claim = self.claim = replace(claim, head=claim.lineage.head)
         else:
             self._clear_tier(claim)
-        restored = self._load(claim)
+        try:
+            claim = self._commit_inherited(claim)
+            restored = self._load(claim)
+        finally:
+            for one in self._inherited:
+                one.slot.close()
+            self._inherited = []
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
         if together is not None:
@@ -153,6 +162,37 @@ class Session:
             self.saves = self._start_saves(self._saver, claim)
         self.restored = restored is not None
         self._announce(claim, restored)
+
+    def _commit_inherited(self, claim: Claim) -> Claim:
+        """What the last trainers have left in memory and is newer than what is durable. Keeps the memory for the restore."""
+        if claim.finished or claim.head is None:
+            return claim
+        self._inherited = self._find_inherited()
+        options = {"open_home": self.home, "clock": self._clock, "tokens": self._tokens}
+        heritage = None
+        if self._together is not None:
+            heritage = commit_heritage_together(
+                self._together, self._inherited, claim.before, claim.lineage, self.store, options
+            )
+        elif claim.before is not None and claim.lineage is not None:
+            heritage = commit_heritage(self._inherited, claim.before, claim.lineage, self.store, options)
+        if heritage is None:
+            return claim
+        if heritage.error:
+            self._record.warn(
+                f"the snapshot of step {heritage.step}, left in memory, could not be committed: {heritage.error}"
+            )
+            self._record.emit("snapshot.lost", step=heritage.step, error=heritage.error)
+        else:
+            self._record.say(f"committed the snapshot of step {heritage.step} that the last trainers left in memory")
+            self._record.emit("snapshot.rescued", step=heritage.step)
+        self.claim = replace(claim, head=heritage.head)
+        return self.claim
+
+    def _near(self, head: Head) -> list[NearFor]:
+        """Where on this machine copies of what is restored may be, the nearest first."""
+        found = [near_memory(self._inherited, head.run_id)] if self._inherited else []
+        return found if self._tier is None else [*found, near_disk(self._tier.store)]
 
     def _claim(self) -> Claim:
         return open_run(
@@ -175,7 +215,6 @@ class Session:
     def _start_saver(self, claim: Claim) -> Saver:
         lineage, head = claim.lineage, claim.head
         assert head is not None
-        alone = self._together is None and lineage is not None
         return Saver(
             self.store,
             lineage,
@@ -189,7 +228,7 @@ class Session:
             figure=self._record.watch(self._options.saver.keep.best),
             unsent=self._record.unsent,
             tier=self._tier,
-            legacy=self._legacy(self.store, lineage, self._record.unsent) if alone and lineage is not None else None,
+            legacy=self._legacy(self.store.url, head, self._place.rank, self._record.unsent),
             party=self._together,
         )
 
@@ -257,7 +296,7 @@ class Session:
             else:
                 found = self._load_staged(head, load) or restore_newest(
                     self.store, head, self.home, load, fell_back=self._fell_back,
-                    near=None if self._tier is None else self._tier.store,
+                    near=self._near(head),
                 )  # fmt: skip
         if found is None:
             return None
@@ -270,7 +309,7 @@ class Session:
     ) -> tuple[CheckpointReader, Loaded] | None:
         return restore_together(
             together, [ref for ref in head.checkpoints if ref.generation == head.generation],
-            lambda ref: load(open_checkpoint(self.store, ref, self.home)), fell_back=self._fell_back,
+            lambda ref: load(open_checkpoint(self.store, ref, self.home, self._near(head))), fell_back=self._fell_back,
             url=self._options.url,
         )  # fmt: skip
 

@@ -141,7 +141,8 @@ class Questions:
         return None if following is None else self.wish(*following)
 
     def _decide(self) -> Act | None:
-        if self.open is None or self._wish is None or self._alive - self._promises.keys():
+        # Who has promised is alive, so counting them is enough: every promise of every rank comes by here.
+        if self.open is None or self._wish is None or len(self._promises) < len(self._alive):
             return None
         self._is_decided = True
         step = max(self._promises.values()) + 1

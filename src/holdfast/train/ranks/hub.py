@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import resource
 import selectors
 import socket
 import struct
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from holdfast.core.errors import UsageError
 from holdfast.train.ranks.words import Hello, Word, decode_word, encode_word
 
 __all__ = ["Hub", "Spoke"]
@@ -28,6 +30,8 @@ _LENGTH = struct.Struct("<I")
 _MOST_BYTES = 256 << 20
 _RECEIVE_BYTES = 1 << 20
 _SEND_S = 30.0
+_SPARE_DESCRIPTORS = 256
+"""For what the training opens besides: data, a store, loader workers."""
 _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 10),
     (socket.TCP_KEEPINTVL, 5),
@@ -42,6 +46,24 @@ def _prepare(connection: socket.socket) -> None:
     for option, value in _KEEPALIVE:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.settimeout(_SEND_S)
+
+
+def _allow_descriptors(connections: int) -> None:
+    """Many machines let a process open 1,024 files unless it asks for more: too few for as many ranks.
+
+    Raises UsageError when it may not have enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + connections
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UsageError(
+            f"rank 0 needs a connection to each of {connections} ranks, and may open {hard} files only: start the job with a "
+            "higher limit (ulimit -n)"
+        )
+    wanted = needed + _SPARE_DESCRIPTORS
+    if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
+        enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def _frame(word: Word) -> bytes:
@@ -76,12 +98,14 @@ class _Member:
 class Hub:
     """Rank 0's side. Thread safety: `send` may be called from any thread. `heard` and `lost` are called from the hub's own.
 
-    Who does not know `secret`, says nonsense, or takes a rank that is taken, is cut off and never heard of.
+    Who does not know `secret`, says nonsense, or takes a rank that is taken, is cut off and never heard of. Raises UsageError where
+    this process may not open so many connections.
     """
 
     def __init__(
         self, host: str, size: int, secret: str, heard: Callable[[int, Word], None], lost: Callable[[int], None]
     ) -> None:
+        _allow_descriptors(size)
         self._size, self._secret, self._heard, self._lost = size, secret, heard, lost
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=size)

@@ -8,10 +8,13 @@ The comparison tells data-parallel replicas from parameters that only happen to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 
@@ -35,8 +38,7 @@ class Sharer:
         self._signature: list[tuple[object, ...]] | None = None
         self._replicated: frozenset[str] = frozenset()
         self._holders: dict[str, tuple[int, ...]] = {}
-        self._holder_groups: list[list[int]] = []
-        """Every group of ranks that alone hold some shard."""
+        self._partitions: list[Partition] = []
         self._agreements: dict[int, int] = {}
 
     def take(self, tree: dict[str, Any], step: int, ranks: tuple[int, ...]) -> FlatTree:
@@ -56,7 +58,7 @@ class Sharer:
 
     def _take_without(self, tree: dict[str, Any], ranks: tuple[int, ...]) -> FlatTree:
         """What was agreed on by all holds on; nothing that only the others had may be missing."""
-        lost = next((group for group in self._holder_groups if not set(group) & set(ranks)), None)
+        lost = next((group for each in self._partitions if (group := _lost(each, ranks)) is not None), None)
         now = self._describe(flatten(tree, rank=self._together.rank, is_own=self._is_own))
         if lost is not None or self._signature != now:
             whose = "others" if lost is None else " and ".join(map(str, lost))
@@ -117,11 +119,9 @@ class Sharer:
         )  # fmt: skip
         agreed = msgspec.msgpack.decode(answer, type=_Agreed)
         self._replicated = frozenset(agreed.replicated)
-        self._holder_groups = agreed.holder_groups
-        held = {(name, tuple(offsets)): tuple(holders) for name, offsets, holders in agreed.held_by_several}
-        self._holders = {
-            leaf.name: held[leaf.name, leaf.spec.offsets] for leaf in shards if (leaf.name, leaf.spec.offsets) in held
-        }
+        self._partitions = [_decoded(each) for each in agreed.partitions]
+        together = [_with(each, self._together.rank) for each in self._partitions]
+        self._holders = {name: together[number] for name, number in agreed.sharded.items() if together[number]}
 
 
 class _Contents(msgspec.Struct, frozen=True):
@@ -132,12 +132,37 @@ class _Contents(msgspec.Struct, frozen=True):
 
 
 class _Agreed(msgspec.Struct, frozen=True):
-    """What all have alike; shards, by name and offsets, that more than one rank holds; and every group of ranks that alone hold
-    some shard."""
+    """What all have alike; and for each sharded tensor, which ranks hold the same shard: the number of one of `partitions`, since
+    few of them differ."""
 
     replicated: list[str]
-    held_by_several: list[tuple[str, list[int], list[int]]]
-    holder_groups: list[list[int]]
+    partitions: list[bytes]
+    sharded: dict[str, int]
+
+
+Partition = npt.NDArray[np.int32]
+"""For each rank the number of the shard that it holds; -1 where that is empty."""
+
+
+def _encoded(partition: Sequence[int]) -> bytes:
+    """All ranks are told, so it must be short: ranks are in some regular order, and the differences are the same ones again and
+    again."""
+    return zlib.compress(np.diff(np.array(partition, "<i4"), prepend=np.int32(0)).tobytes(), 9)
+
+
+def _decoded(data: bytes) -> Partition:
+    return np.cumsum(np.frombuffer(zlib.decompress(data), "<i4"), dtype=np.int32)
+
+
+def _with(partition: Partition, rank: int) -> tuple[int, ...]:
+    """The ranks that hold the same as `rank`; none where that is nothing."""
+    return () if partition[rank] < 0 else tuple(np.flatnonzero(partition == partition[rank]).tolist())
+
+
+def _lost(partition: Partition, ranks: Sequence[int]) -> list[int] | None:
+    """The holders of a shard that none of `ranks` holds."""
+    lost = set(partition.tolist()) - set(partition[list(ranks)].tolist()) - {-1}
+    return np.flatnonzero(partition == min(lost)).tolist() if lost else None
 
 
 def _fingerprint(leaf: Leaf) -> bytes:
@@ -152,17 +177,19 @@ def _compare(payloads: list[bytes]) -> bytes:
     """Raises UnsupportedState for shards that make up no tensor."""
     ranks = [msgspec.msgpack.decode(payload, type=_Contents) for payload in payloads]
     shards = [dict(contents.shards) for contents in ranks]
-    several: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
-    groups: set[tuple[int, ...]] = set()
-    for mine, holders_of in zip(shards, agree_on_shards(shards), strict=True):
+    by_name: dict[str, list[int]] = {}
+    for rank, (mine, holders_of) in enumerate(zip(shards, agree_on_shards(shards), strict=True)):
         for spec in mine:
-            if spec.nbytes:
-                groups.add(holders_of[spec.name])
-            if len(holders_of[spec.name]) > 1:
-                several[spec.name, spec.offsets] = holders_of[spec.name]
+            holders = holders_of[spec.name]
+            # Nobody writes an empty shard, unless the whole tensor is empty.
+            if holders[0] == rank and (spec.nbytes or 0 in spec.global_shape):
+                partition = by_name.setdefault(spec.name, [-1] * len(ranks))
+                for holder in holders:
+                    partition[holder] = rank
+    numbers: dict[tuple[int, ...], int] = {}
+    sharded_by = {name: numbers.setdefault(tuple(each), len(numbers)) for name, each in by_name.items()}
     first, *others = ranks
     replicated = [
         name for name, content in first.plain.items() if all(other.plain.get(name) == content for other in others)
     ]
-    held = [(name, list(offsets), list(holders)) for (name, offsets), holders in several.items()]
-    return msgspec.msgpack.encode(_Agreed(replicated, held, sorted(map(list, groups))))
+    return msgspec.msgpack.encode(_Agreed(replicated, [_encoded(each) for each in numbers], sharded_by))
