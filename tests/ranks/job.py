@@ -78,6 +78,18 @@ def block_writes(block: Path) -> None:
     LocalStore.put = put  # type: ignore[method-assign]
 
 
+def note_reads(notes: Path) -> None:
+    whole = LocalStore.read_into
+
+    def read_into(self: LocalStore, key: str, offset: int, buffer: memoryview) -> None:
+        with notes.open("a") as file:
+            file.write(f"{key} {len(buffer)}\n")
+        whole(self, key, offset, buffer)
+
+    LocalStore.read_into = read_into  # type: ignore[method-assign]
+    LocalStore.is_near = False  # type: ignore[assignment, method-assign]
+
+
 def digest(value: Any) -> str:
     sha = hashlib.sha256()
 
@@ -129,15 +141,19 @@ def train(
     at: int = 1,
     result: str = "",
     control: str = "",
+    far: bool = False,
 ) -> None:
     """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
-    `control`: the folder of the agent that watches over this rank. Data is not written while there is a file `<url>.block`."""
+    `control`: the folder of the agent that watches over this rank. Data is not written while there is a file `<url>.block`.
+    `far`: as though the store lay behind a network; the keys that are read are noted in `<url>.reads-<rank>`."""
     if control:
         os.environ[ENV_CONTROL] = control
     block_writes(Path(f"{url}.block"))
     if place:
         die_at(place, at)
     rank = dist.get_rank()
+    if far:
+        note_reads(Path(f"{url}.reads-{rank}"))
     module, model = build(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs = torch.Generator().manual_seed(1)

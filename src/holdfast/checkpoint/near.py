@@ -34,7 +34,7 @@ class Near(Readable, Protocol):
 
 
 NearFor = Callable[[CheckpointRef, Sequence[Part]], Near | None]
-"""What is near of this checkpoint, whose parts these are."""
+"""What is near of this checkpoint, of which these parts are known."""
 
 
 class NearDisk:
@@ -87,12 +87,13 @@ def near_memory(found: Sequence[Inherited], run_id: str) -> NearFor:
 
     def of(ref: CheckpointRef, parts: Sequence[Part]) -> Near | None:
         stretches: dict[str, list[_Stretch]] = {}
+        at_hand = {part.rank: part for part in parts}
         for one in found:
             share = one.left.share
             if (share.run_id, share.generation, share.step) != (run_id, ref.generation, ref.step):
                 continue
-            if len(share.ranks) == len(parts):
-                for key, stretch in _stretches(one, parts[share.number]):
+            if share.number in at_hand:
+                for key, stretch in _stretches(one, at_hand[share.number]):
                     stretches.setdefault(key, []).append(stretch)
         return _Memory(stretches) if stretches else None
 

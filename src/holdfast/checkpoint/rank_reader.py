@@ -72,15 +72,18 @@ class RankReader(CheckpointReader):
     def read(
         self, wanted: Iterable[Target], pool: ThreadPoolExecutor, progress: Callable[[int], None] | None = None
     ) -> None:
+        super().read(self._complete(wanted), pool, progress)
+
+    def objects_of(self, wanted: Iterable[Target]) -> dict[str, int]:
+        return super().objects_of(self._complete(wanted))
+
+    def _complete(self, wanted: Iterable[Target]) -> list[Target]:
+        """With all pieces that they need."""
         targets = list(wanted)
         missing = [target for target in targets if not self._holds(target)]
         while missing and self._get_more():
             missing = [target for target in missing if not self._holds(target)]
-        super().read(
-            [msgspec.structs.replace(target, array=self._arrays[target.array.name]) for target in targets],
-            pool,
-            progress,
-        )
+        return [msgspec.structs.replace(target, array=self._arrays[target.array.name]) for target in targets]
 
     def _holds(self, target: Target) -> bool:
         """Whether the pieces at hand make up what is wanted."""

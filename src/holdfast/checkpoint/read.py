@@ -83,6 +83,7 @@ class CheckpointReader:
         near: Sequence[Near] = (),
     ) -> None:
         self._near = near
+        self._added: list[Near] = []
         self.ref = ref
         self.root = root
         self._store, self._open_home = store, open_home
@@ -119,6 +120,16 @@ class CheckpointReader:
     def document(self, rank: int = 0) -> bytes:
         """What the rank's state consists of."""
         return self.part(rank).document
+
+    def objects_of(self, wanted: Iterable[Target]) -> dict[str, int]:
+        """Sizes, by key, of the run's own objects that hold what is wanted."""
+        numbers = {item.object for target in wanted for item in wanted_for(target)}
+        found = [reference for number in sorted(numbers) if (reference := self._objects[number][1]).home == 0]
+        return {reference.key: reference.size_bytes for reference in found}
+
+    def add_near(self, near: Near) -> None:
+        """From now on what it has is read there."""
+        self._added.append(near)
 
     def read(
         self,
@@ -169,7 +180,7 @@ class CheckpointReader:
     def _read_nearest(self, number: int, fill: Callable[[Readable, str], Wanted | None]) -> None:
         """`fill` reads from somewhere and returns what does not verify. What nobody near has unaltered comes from the store."""
         store, reference = self._objects[number]
-        for near in self._near:
+        for near in (*self._near, *self._added):
             if reference.home == 0 and reference.key in near.keys:
                 with suppress(HoldfastError):
                     if fill(near, reference.key) is None:

@@ -32,8 +32,7 @@ _LONG = re.compile(r"(?=[\w+=-]*\d)(?=[\w+=-]*[A-Za-z])[\w+=-]{32,}")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Hardware, versions, determinism flags and the source's git commit."""
-    cuda = torch.cuda.is_available()
+    """The machine, versions, determinism flags and the source's git commit."""
     import holdfast
 
     return {
@@ -41,7 +40,6 @@ def describe_environment() -> dict[str, Any]:
             "hostname": platform.node(),
             "cpu": platform.machine(),
             "cpu_count": os.cpu_count(),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         },
         "versions": {
             "holdfast": holdfast.__version__,

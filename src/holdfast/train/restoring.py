@@ -92,9 +92,10 @@ def load_checkpoint(
     progress: Callable[[int], None] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    prepare: Callable[[CheckpointReader, Sequence[Target], ThreadPoolExecutor], None] | None = None,
 ) -> Loaded:
     """Make every tracked object equal to the checkpoint, as `rank` of `world_size` had it; or rank 0, if another number of ranks
-    wrote it. What is sharded is read as it is sharded here.
+    wrote it. What is sharded is read as it is sharded here. `prepare` is called once it is known what is wanted.
 
     Raises TrackedStateMismatch (before anything has changed) listing every difference; with `strict=False` what fits is loaded
     and the rest is returned in `skipped`. Raises IntegrityError when bytes do not verify: the objects then hold undefined
@@ -130,6 +131,8 @@ def load_checkpoint(
     wanted = [
         Target(item.stored, _memory(item.array), item.rectangle) for item in destinations.values() if not item.is_empty
     ]
+    if prepare is not None:
+        prepare(reader, wanted, pool)
     reader.read(wanted, pool, progress)
     for item in destinations.values():
         for target in item.assign_to:

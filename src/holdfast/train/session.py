@@ -17,7 +17,8 @@ from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.handover import Inherited, Legacy
 from holdfast.checkpoint.near import NearFor, near_disk, near_memory
-from holdfast.checkpoint.read import CheckpointReader, Fallback, open_checkpoint, read_threads, restore_newest
+from holdfast.checkpoint.rank_reader import open_for_rank
+from holdfast.checkpoint.read import CheckpointReader, Fallback, read_threads, restore_newest
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
 from holdfast.checkpoint.tree import Leaf, flatten
@@ -29,12 +30,14 @@ from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigge
 from holdfast.store.base import Store
 from holdfast.train.base import Base, take_base
 from holdfast.train.boundary import StepGate
+from holdfast.train.devices import Device, describe_devices, device_changes, this_device
 from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
 from holdfast.train.ranks.inheriting import commit_heritage, commit_heritage_together
 from holdfast.train.ranks.joining import claim_together, restore_together, same_for_all
+from holdfast.train.ranks.reading import ReadingTogether
 from holdfast.train.ranks.sharing import Sharer
 from holdfast.train.ranks.together import Together
 from holdfast.train.record import Record
@@ -86,6 +89,7 @@ class Session:
         self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
         self._legacy, self._find_inherited = legacy, inherited
         self._inherited: list[Inherited] = []
+        self._devices: list[Device] = []
         self._stores: dict[str, Store] = {}
         self._saver: Saver | None = None
         self._tier: Tier | None = None
@@ -129,11 +133,11 @@ class Session:
         options, self._together = self._options, together
         self._settings.observe(self._tracker.optimizers(), describe_environment())
         if together is None:
-            claim = self._claim()
+            claim, self._devices = self._claim(), [this_device()]
         else:
             self._refuse_for_one_rank(together)
             self._sharer = Sharer(together, self._tracker)
-            claim = claim_together(together, self._claim)
+            claim, self._devices = claim_together(together, self._claim, this_device())
         self.claim = claim
         if not claim.finished:
             self._tier = self._hold_tier(claim) if together is None else None
@@ -285,10 +289,12 @@ class Session:
         with ThreadPoolExecutor(read_threads(self.store), thread_name_prefix="holdfast-read") as pool:
 
             @collector_paused()
-            def load(reader: CheckpointReader) -> tuple[CheckpointReader, Loaded]:
+            def load(
+                reader: CheckpointReader, reading: ReadingTogether | None = None
+            ) -> tuple[CheckpointReader, Loaded]:
                 return reader, load_checkpoint(
                     reader, self._tracker, pool, strict=self._options.strict, rank=self._place.rank,
-                    world_size=self._place.world_size,
+                    world_size=self._place.world_size, prepare=None if reading is None else reading.prepare,
                 )  # fmt: skip
 
             if self._together is not None:
@@ -305,13 +311,32 @@ class Session:
         return reader
 
     def _load_together(
-        self, together: Together, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
+        self,
+        together: Together,
+        head: Head,
+        load: Callable[[CheckpointReader, ReadingTogether], tuple[CheckpointReader, Loaded]],
     ) -> tuple[CheckpointReader, Loaded] | None:
-        return restore_together(
-            together, [ref for ref in head.checkpoints if ref.generation == head.generation],
-            lambda ref: load(open_checkpoint(self.store, ref, self.home, self._near(head))), fell_back=self._fell_back,
-            url=self._options.url,
-        )  # fmt: skip
+        readings: list[ReadingTogether] = []
+
+        def load_one(ref: CheckpointRef) -> tuple[CheckpointReader, Loaded]:
+            reading = ReadingTogether(together, self.store, ref.name, run_id=head.run_id, attempt=head.attempt)
+            readings.append(reading)
+            try:
+                reader = open_for_rank(
+                    self.store, ref, self.home, self._near(head), rank=together.rank, world_size=together.size
+                )
+                return load(reader, reading)
+            finally:
+                reading.pass_by()
+
+        try:
+            return restore_together(
+                together, [ref for ref in head.checkpoints if ref.generation == head.generation], load_one,
+                fell_back=self._fell_back, url=self._options.url,
+            )  # fmt: skip
+        finally:
+            for reading in readings:
+                reading.close()
 
     def _load_staged(
         self, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
@@ -344,8 +369,13 @@ class Session:
             self._record.say(f"{self._options.url}: begins with imported weights{rest}")
         else:
             self._settings.reconcile(reader.root.metadata, self._tracker.optimizers(), self._record.say)
+            now = describe_state(self._tracker.optimizers(), self._tracker.modules())
+            for line in device_changes(reader.root.metadata, describe_devices(self._devices), now["precision"]):
+                self._record.say(line)
         if self._saver is not None and in_store:
-            self._saver.known.add(reader.ref.name, reader.parts[place.rank % len(reader.parts)], home=reader.ref.home)
+            self._saver.known.add(
+                reader.ref.name, reader.part(place.rank % reader.root.world_size), home=reader.ref.home
+            )
             self._saver.roots.remember(reader.root)
 
     def _fell_back(self, fallback: Fallback) -> None:
@@ -400,6 +430,7 @@ class Session:
             "config": hidden(self._settings.config),
             "script_hyperparameters": self._settings.script,
             "environment": self._settings.environment,
+            "devices": describe_devices(self._devices),
             "tracked": tracker.names(),
         }
         tree = {"tracked": tracker.state(), "holdfast": own}

@@ -17,6 +17,7 @@ from holdfast.checkpoint.format import CheckpointRef, Head, RunRecord
 from holdfast.checkpoint.read import Fallback
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, RanksApart, RestoreError
+from holdfast.train.devices import Device
 from holdfast.train.opening import Claim
 from holdfast.train.ranks.hub import Hub, Spoke
 from holdfast.train.ranks.together import Together
@@ -35,6 +36,7 @@ class _Found(msgspec.Struct, frozen=True):
     record: RunRecord
     head: Head | None
     finished: bool
+    devices: list[Device]
 
 
 class _Member:
@@ -77,19 +79,18 @@ def join(
     return together
 
 
-def claim_together(together: Together, claim: Callable[[], Claim]) -> Claim:
-    """One claim for all, made by rank 0. Raises what `claim` raises there, RanksApart elsewhere."""
+def claim_together(together: Together, claim: Callable[[], Claim], device: Device) -> tuple[Claim, list[Device]]:
+    """One claim for all, made by rank 0; and what all ranks compute on. Raises what `claim` raises there, RanksApart elsewhere."""
     mine: list[Claim] = []
 
     def combine(payloads: list[bytes]) -> bytes:
+        devices = [msgspec.json.decode(payload, type=Device) for payload in payloads]
         mine.append(claim())
-        return msgspec.json.encode(_Found(mine[0].record, mine[0].head, mine[0].finished))
+        return msgspec.json.encode(_Found(mine[0].record, mine[0].head, mine[0].finished, devices))
 
-    answer = together.exchange("claim", b"", combine, what="opening the run")
-    if mine:
-        return mine[0]
+    answer = together.exchange("claim", msgspec.json.encode(device), combine, what="opening the run")
     found = msgspec.json.decode(answer, type=_Found)
-    return Claim(found.record, found.head, None, found.finished)
+    return mine[0] if mine else Claim(found.record, found.head, None, found.finished), found.devices
 
 
 def same_for_all(together: Together, name: str, value: int) -> int:
