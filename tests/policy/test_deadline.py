@@ -89,8 +89,8 @@ def test_nothing_is_started_that_cannot_finish(context: DeadlineContext) -> None
         assert decision.durable_step == context.durable_step, "a long shot is not counted on"
         return
     assert decision.probability >= context.confidence - 1e-9
-    local = decision.action is DeadlineAction.SAVE_LOCALLY or (decision.tier is Tier.LOCAL and not decision.save_again)
-    tier = Tier.LOCAL if local else Tier.STORE
+    tier = decision.tier
+    assert (tier is Tier.LOCAL) or decision.action is not DeadlineAction.SAVE_LOCALLY
     behind_s = 0.0
     if context.in_flight and tier is Tier.STORE and not decision.abandon_in_flight:
         behind_s = send_s(context, tier, context.in_flight.left_bytes)
@@ -102,7 +102,7 @@ def test_nothing_is_started_that_cannot_finish(context: DeadlineContext) -> None
         took_s = max(context.snapshot_s, behind_s) + send_s(context, tier, context.send_bytes)
     assert took_s <= usable_s(context) + 1e-9
     if decision.save_again and decision.save_at_latest_s is not None:
-        last_s = send_s(context, decision.tier, context.send_bytes)
+        last_s = send_s(context, decision.last_tier, context.send_bytes)
         assert decision.save_at_latest_s + context.snapshot_s + last_s <= usable_s(context) + 1e-9
 
 

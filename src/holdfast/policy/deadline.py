@@ -230,7 +230,8 @@ class _Decided:
             save_at_latest_s=self.latest_s if again else None,
             save_again=again,
             durable_step=max(newer, default=None),
-            tier=self.last.tier,
+            tier=chosen.tier,
+            last_tier=self.last.tier,
             fits=self.sums.fits(chosen),
             probability=chosen.probability,
             abandon_in_flight=chosen.abandons,
@@ -245,6 +246,7 @@ class _Decided:
             save_at_latest_s=self.latest_s,
             durable_step=self.durable_step,
             tier=self.last.tier,
+            last_tier=self.last.tier,
             fits=fits,
             probability=chance,
         )

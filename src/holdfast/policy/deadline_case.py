@@ -143,7 +143,9 @@ class DeadlineDecision:
     durable_step: int | None = None
     """The step that will be durable in the end, with at least the probability `confidence` of the context."""
     tier: Tier = Tier.STORE
-    """Where the last save goes; an insurance goes where its action says."""
+    """Where the action's save goes; for TRAIN_ON, the last one."""
+    last_tier: Tier = Tier.STORE
+    """Where the last save goes. It differs from `tier` where the save of now is only the insurance."""
     fits: bool = False
     """Whether the action's save finishes in time at the planned quantiles."""
     probability: float | None = 0.0
