@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
-from holdfast.checkpoint import joint
+from holdfast.checkpoint import joint, shares
 from holdfast.core.contract import ENV_CONTROL
 from holdfast.store.base import Body
 from holdfast.store.local import LocalStore
@@ -141,6 +141,7 @@ def train(
     at: int = 1,
     result: str = "",
     control: str = "",
+    late_s: float = 0.0,
     far: bool = False,
 ) -> None:
     """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
@@ -185,6 +186,7 @@ def train(
                 run.log(loss=loss)
                 time.sleep(pace_s)
                 page.write_text(str(run.step + run.micro.last))
+            time.sleep(late_s)
             with run.evaluating():
                 time.sleep(pace_s)
         steps = run.step
@@ -199,6 +201,8 @@ def train(
 def run_rank(request: dict[str, Any]) -> None:
     """Never returns."""
     code = 1
+    # Small states are shared out as large ones are.
+    shares.LEAST_STRETCH_BYTES = 1
     try:
         rank, size = request["rank"], request["size"]
         os.environ.update({

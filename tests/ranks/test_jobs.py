@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from job import BATCH, EPOCHS, SAMPLES
-from jobs import Job, Zygote
+from jobs import Job, Zygote, eventually
 
 from holdfast.core.contract import EXIT_PREEMPTED
 
@@ -93,3 +94,24 @@ def test_killed_at_each_phase_of_a_save(
     assert 0 < job.durable_step() < STEPS, job.said()
     assert job.durable_step() % 3 == 0
     assert job.finish() == reference
+
+
+def test_a_rank_that_is_behind_does_not_spoil_the_last_save(
+    zygote: Zygote, kind: str, reference: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Saves pile up behind a slow store. Rank 0 passes one over for the final one, which rank 1 has yet to come to."""
+    job = Job(zygote, tmp_path / "a", kind=kind)
+    job.start(pace_s=0.005, for_rank={1: {"late_s": 1.5}})
+    job.until_step(STEPS - 5)
+    block = Path(f"{job.url}.block")
+    block.touch()
+    job.until_step(STEPS)
+    eventually(lambda: "finished" in job.said() or waits_for_the_last_save(job), job.said)
+    block.unlink()
+    assert job.wait() == [0, 0], job.said()
+    assert job.outcome() == reference
+
+
+def waits_for_the_last_save(job: Job) -> bool:
+    """By the time that rank 0 needs from the last step to its end, which is long over."""
+    return time.time() - Path(f"{job.url}.step-0").stat().st_mtime > 0.5

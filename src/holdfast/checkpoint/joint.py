@@ -16,7 +16,7 @@ from typing import Any
 
 from holdfast.checkpoint.commit import Committed, Committer
 from holdfast.checkpoint.format import Head, Part
-from holdfast.checkpoint.phases import Begin, Cannot, Chair, Done, HandedIn, Member, Ready
+from holdfast.checkpoint.phases import Begin, Cannot, Chair, Done, HandedIn, Member, Ready, stretches
 from holdfast.checkpoint.retain import Roots, StoreOpener, root_key
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.write import (
@@ -101,7 +101,7 @@ def begin_word(name: str, head: Head, snapshot: Snapshot) -> Begin:
     return Begin(
         name=name, step=snapshot.step, take=snapshot.take, attempt=head.attempt,
         retained=[ref.name for ref in head.checkpoints], homes=sorted({pin.home for pin in head.pins}),
-        ranks=list(snapshot.ranks),
+        ranks=stretches(snapshot.ranks),
     )  # fmt: skip
 
 
@@ -181,9 +181,9 @@ class MemberCommitter:
         self.known.retain(set(begin.retained), set(begin.homes))
         uploaded: set[str] = set()
         try:
-            if snapshot.ranks != tuple(begin.ranks):
+            if stretches(snapshot.ranks) != begin.ranks:
                 raise SaveError(
-                    f"its state is shared out among {len(snapshot.ranks)} ranks, the save's among {len(begin.ranks)}"
+                    f"its state is shared out among {len(snapshot.ranks)} ranks, the save's among {begin.ranks}"
                 )
             mine, index = write_part(
                 snapshot, self._store, name=begin.name, rank=snapshot.ranks.index(self._member.rank),

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.write import WrittenPart
 
-__all__ = ["Begin", "Cannot", "Chair", "Done", "HandedIn", "Member", "Ready"]
+__all__ = ["Begin", "Cannot", "Chair", "Done", "HandedIn", "Member", "Ready", "stretches"]
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
@@ -28,8 +28,19 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
     attempt: int
     retained: list[str]
     homes: list[str]
-    ranks: list[int]
-    """Who makes it: all, or those that are left."""
+    ranks: list[tuple[int, int]]
+    """Who makes it, all or those that are left, as stretches [first, last]: every rank is told, so it must be short."""
+
+
+def stretches(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending `ranks` as stretches of consecutive ones: the first and the last of each."""
+    found: list[tuple[int, int]] = []
+    for rank in ranks:
+        if found and found[-1][1] == rank - 1:
+            found[-1] = (found[-1][0], rank)
+        else:
+            found.append((rank, rank))
+    return found
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

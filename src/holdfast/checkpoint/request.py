@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.tree import FlatTree, Leaf
-from holdfast.core.errors import SaveError
+from holdfast.core.errors import PassedOver, SaveError
 
 __all__ = ["SaveHandle", "SaveRequest", "SaveState"]
 
@@ -77,6 +77,11 @@ class SaveHandle:
         if handle._checkpoint is None:
             raise SaveError(f"the save of step {self.step} was given up before it was written")
         return handle._checkpoint
+
+    @property
+    def failed(self) -> bool:
+        """Whether this state is lost, and nothing newer has taken its place."""
+        return self.state is SaveState.FAILED and not isinstance(self._error, PassedOver)
 
     def finish(
         self, state: SaveState, checkpoint: CheckpointRef | None = None, error: BaseException | None = None

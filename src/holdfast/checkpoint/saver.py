@@ -181,7 +181,12 @@ class Saver:
 
     def save(self, request: SaveRequest, handle: SaveHandle | None = None) -> SaveHandle:
         """Snapshot now; write in the background. Returns once the loop may go on. `handle` is one that was given out before."""
+        self._count(request.step)
         return self._take(request, handle or SaveHandle(request.step), hold=False)
+
+    def _count(self, step: int) -> None:
+        """Invariant: all ranks of a job count alike, whatever room they have for snapshots."""
+        self._taken = (step, self._taken[1] + 1 if self._taken[0] == step else 0)
 
     @property
     def busy(self) -> bool:
@@ -194,6 +199,7 @@ class Saver:
         Does nothing where fewer than two snapshots fit, since it would have to wait for the writer. When an older snapshot still
         waits for the writer, this one takes its place in the queue instead.
         """
+        self._count(request.step)
         self._layout = lay_out(request.flat, self._layout)
         if self._plan(self._layout).slots > 1:
             self._take(request, SaveHandle(request.step), hold=self._waiting is None)
@@ -306,7 +312,6 @@ class Saver:
         if self._closing:
             raise UsageError("the saver is closed; nothing can be saved any more")
         started_s = self._clock.monotonic_s()
-        self._taken = (request.step, self._taken[1] + 1 if self._taken[0] == request.step else 0)
         layout = self._layout = lay_out(request.flat, self._layout)
         budget = self._plan(layout)
         handle.step = request.step

@@ -174,7 +174,9 @@ class Saves:
     @collector_paused()
     def hold(self) -> None:
         """Keep the state as it is now in memory, in case the code that follows is interrupted."""
-        if self._has_unsaved() and self.may_copy():
+        # Among several ranks all must come to the same answer, and some hear of a failure later than others.
+        is_new = self._pacing.unsaved_steps(self._place.step) > 0 if self._together else self._has_unsaved()
+        if is_new and self.may_copy():
             self._record.progress(snapshot=True)
             with self._record.stopwatch.during(Doing.STALL):
                 self._saver.hold(self._capture("interrupted between loops", False))
@@ -265,7 +267,7 @@ class Saves:
         return self._pacing.unsaved_steps(self._place.step) > 0 or self._last_failed()
 
     def _last_failed(self) -> bool:
-        return self._last is not None and self._last.state is SaveState.FAILED
+        return self._last is not None and self._last.failed
 
     def close(self, timeout_s: float) -> None:
         """Finish what is under way within `timeout_s`; a save that was asked for and never made has failed."""

@@ -35,10 +35,10 @@ class _Held(msgspec.Struct, frozen=True):
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """The state that is committed: its shares by number, and the rank that writes each."""
+    """The state that is committed, and those of its shares that one rank writes."""
 
+    step: int
     shares: list[Share]
-    writers: list[int]
 
 
 class _Turn(msgspec.Struct, frozen=True):
@@ -90,14 +90,22 @@ def commit_heritage_together(
     """The same, by all ranks. `before` and `lineage` are rank 0's. Raises RanksApart."""
     heard: dict[Share, _Held] = {}
 
-    def choose(payloads: list[bytes]) -> bytes:
+    whole: list[Share] = []
+
+    def choose(payloads: list[bytes]) -> bytes | list[bytes]:
         writers: dict[Share, int] = {}
         for rank, payload in enumerate(payloads):
             for held in msgspec.msgpack.decode(payload, type=list[_Held]):
                 writers.setdefault(held.share, rank)
                 heard.setdefault(held.share, held)
         shares = None if before is None else newest_whole(writers.keys(), before)
-        return msgspec.msgpack.encode(None if shares is None else _Chosen(shares, [writers[one] for one in shares]))
+        if shares is None:
+            return msgspec.msgpack.encode(None)
+        whole.extend(shares)
+        each: list[list[Share]] = [[] for _ in payloads]
+        for share in shares:
+            each[writers[share]].append(share)
+        return [msgspec.msgpack.encode(_Chosen(shares[0].step, its)) for its in each]
 
     mine = [
         _Held(one.left.share, one.left.epoch, one.left.metadata if one.left.share.number == 0 else {}) for one in found
@@ -109,24 +117,20 @@ def commit_heritage_together(
         return None
     by_share = {one.left.share: one for one in found}
     with PartWriter(store, options["tokens"]) as writer:
-        ours = [
-            (number, by_share[share])
-            for number, (share, rank) in enumerate(zip(chosen.shares, chosen.writers, strict=True))
-            if rank == together.rank
-        ]
-        turns = _Turns(together, lambda begin: {number: writer.write(one, begin) for number, one in ours})
+        ours = [by_share[share] for share in chosen.shares]
+        turns = _Turns(together, lambda begin: {one.left.share.number: writer.write(one, begin) for one in ours})
         if lineage is None:
-            return turns.follow(chosen.shares[0].step)
+            return turns.follow(chosen.step)
         error = ""
         try:
-            first = heard[chosen.shares[0]]
-            for _, one in ours:
+            first = heard[whole[0]]
+            for one in ours:
                 keep_segments(store, one.left.segments)
             committer = _committer(store, lineage, options, writer, turns.lead)
             committer.commit(bare_snapshot(first.share, first.epoch, first.metadata))
         except HoldfastError as raised:
             error = f"{type(raised).__name__}: {raised}"
-        return turns.end(chosen.shares[0].step, lineage.head, error)
+        return turns.end(chosen.step, lineage.head, error)
 
 
 def _committer(

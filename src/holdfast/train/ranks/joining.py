@@ -8,6 +8,7 @@ restore: all try the same checkpoint, and go on only if all have it; else all fa
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -36,7 +37,8 @@ class _Found(msgspec.Struct, frozen=True):
     record: RunRecord
     head: Head | None
     finished: bool
-    devices: list[Device]
+    devices: list[tuple[Device, int]]
+    """Each kind, with how many ranks have it: every rank is told, so it must be short."""
 
 
 class _Member:
@@ -86,11 +88,15 @@ def claim_together(together: Together, claim: Callable[[], Claim], device: Devic
     def combine(payloads: list[bytes]) -> bytes:
         devices = [msgspec.json.decode(payload, type=Device) for payload in payloads]
         mine.append(claim())
-        return msgspec.json.encode(_Found(mine[0].record, mine[0].head, mine[0].finished, devices))
+        # What is condemned is rank 0's business, and a long list.
+        head = None if mine[0].head is None else msgspec.structs.replace(mine[0].head, condemned=[])
+        kinds = list(Counter(devices).items())
+        return msgspec.json.encode(_Found(mine[0].record, head, mine[0].finished, kinds))
 
     answer = together.exchange("claim", msgspec.json.encode(device), combine, what="opening the run")
     found = msgspec.json.decode(answer, type=_Found)
-    return mine[0] if mine else Claim(found.record, found.head, None, found.finished), found.devices
+    everywhere = [device for device, count in found.devices for _ in range(count)]
+    return mine[0] if mine else Claim(found.record, found.head, None, found.finished), everywhere
 
 
 def same_for_all(together: Together, name: str, value: int) -> int:

@@ -69,15 +69,16 @@ class ReadingTogether:
             return None
         mine = WantedHere(self._machine, room_bytes(), sizes)
 
-        def share(payloads: list[bytes]) -> bytes:
+        def share(payloads: list[bytes]) -> list[bytes]:
             ranks = [msgspec.msgpack.decode(payload, type=WantedHere) for payload in payloads]
-            return msgspec.msgpack.encode(share_fetching(ranks, self._run_id, self._attempt))
+            plan = share_fetching(ranks, self._run_id, self._attempt)
+            is_any = any(one.is_shared for one in plan)
+            return [msgspec.msgpack.encode(one if is_any else None) for one in plan]
 
         answer = self._together.exchange(
             f"wanted {self._name}", msgspec.msgpack.encode(mine), share, what="sharing out what is to be read"
         )
-        everybody = msgspec.msgpack.decode(answer, type=list[Fetching])
-        return everybody[self._together.rank] if any(one.is_shared for one in everybody) else None
+        return msgspec.msgpack.decode(answer, type=Fetching | None)
 
     def _all_have_fetched(self) -> None:
         self._together.exchange(

@@ -19,6 +19,7 @@ import torch
 from blake3 import blake3
 
 from holdfast.checkpoint.arrays import ArraySpec, adapter_for
+from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.shares import OWN, REPLICATED, Sharing, agree_on_shards, sharded, share_out, staged
 from holdfast.checkpoint.tree import FlatTree, Leaf, flatten
 from holdfast.core.errors import SaveError
@@ -173,6 +174,7 @@ def _fingerprint(leaf: Leaf) -> bytes:
     return digest.digest(8)
 
 
+@collector_paused()
 def _compare(payloads: list[bytes]) -> bytes:
     """Raises UnsupportedState for shards that make up no tensor."""
     ranks = [msgspec.msgpack.decode(payload, type=_Contents) for payload in payloads]

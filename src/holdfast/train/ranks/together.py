@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from holdfast.checkpoint.phases import Begin, Cannot, Done, HandedIn, Ready
 from holdfast.core.clock import Clock
 from holdfast.core.errors import RanksApart, SaveError
 from holdfast.train.ranks.agreement import Questions, Stance
-from holdfast.train.ranks.words import Act, Answer, Ask, Hello, Promise, Say, Told, Wish, Withdrawn, Word
+from holdfast.train.ranks.words import Act, Answer, Ask, Hello, Promise, Say, Told, Wish, Withdrawn, Word, decode_notice
 
 __all__ = ["Link", "Together"]
 
 _EXCHANGE_S = 300.0
 _PATIENCE_S = 30.0
 """For an answer that only a living thread has to give."""
-Combine = Callable[[list[bytes]], bytes]
+Combine = Callable[[list[bytes]], bytes | list[bytes]]
+"""Of all ranks' payloads, in order, makes one answer for all, or one for each."""
 
 
 class Link(Protocol):
@@ -35,6 +36,14 @@ class Link(Protocol):
     def send_all(self, word: Word) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Heard(NamedTuple):
+    """A notice that some rank has heard. `about`: kind and deadline, to the second."""
+
+    about: tuple[str, int]
+    notice: bytes
+    is_passed_on: bool
 
 
 class Together:
@@ -58,6 +67,8 @@ class Together:
         self._handed_in: dict[str, dict[int, Ready | Cannot]] = {}
         self._outcomes: dict[str, Done] = {}
         self._told: Callable[[bytes], None] = lambda notice: None
+        self._notices: dict[str, _Heard] = {}
+        """Rank 0: what stands, by its id."""
 
     @property
     def coordinates(self) -> bool:
@@ -111,7 +122,7 @@ class Together:
         elif isinstance(word, Told):
             self._told(word.notice)
             if self.coordinates:
-                self._send_all(word)
+                self._pass_on(word.notice)
         else:
             self._keep(rank, word)
 
@@ -162,9 +173,40 @@ class Together:
     def tell(self, notice: bytes) -> None:
         """A notice that this rank has heard concerns all."""
         if self.coordinates:
-            self._send_all(Told(notice))
+            self._pass_on(notice)
         else:
             self._send(0, Told(notice))
+
+    def _pass_on(self, notice: bytes) -> None:
+        """Rank 0: what one rank has heard concerns all. Where a whole job is told the same, each of its ranks says so: one of those
+        is passed on, and another when it moves or is withdrawn."""
+        news = decode_notice(notice)
+        about = (news.kind, round(news.deadline_unix_s or 0.0))
+        with self._condition:
+            before = self._notices.pop(news.id, None)
+            is_known = before is not None and before.is_passed_on
+            words = []
+            if news.kind != "withdrawn":
+                is_passed_on = is_known or not self._is_passed_on(about)
+                self._notices[news.id] = _Heard(about, notice, is_passed_on)
+                if is_passed_on and (before is None or before[::2] != (about, True)):
+                    words.append(notice)
+            if before is not None and is_known and not self._is_passed_on(before.about):
+                words += self._pass_on_another(before.about)
+            if news.kind == "withdrawn" and is_known:
+                words.append(notice)
+        for word in words:
+            self._send_all(Told(word))
+
+    def _is_passed_on(self, about: tuple[str, int]) -> bool:
+        return any(other.is_passed_on and other.about == about for other in self._notices.values())
+
+    def _pass_on_another(self, about: tuple[str, int]) -> list[bytes]:
+        for id, other in self._notices.items():
+            if other.about == about:
+                self._notices[id] = other._replace(is_passed_on=True)
+                return [other.notice]
+        return []
 
     def _ask(self, ask: Ask | None) -> None:
         if ask is None:
@@ -201,7 +243,7 @@ class Together:
         self, name: str, payload: bytes, combine: Combine, *, what: str, timeout_s: float = _EXCHANGE_S
     ) -> bytes:
         """Every rank calls this at the same place, under a name that is used once. Returns what rank 0's `combine` makes of all
-        payloads, in order of rank.
+        payloads, for all or for this rank.
 
         Raises RanksApart on all ranks that are still there when one is missing; and what `combine` raises, as RanksApart on the
         others.
@@ -214,8 +256,12 @@ class Together:
         except Exception as error:
             self._send_all(Answer(name, b"", f"{type(error).__name__}: {error}"))
             raise
-        self._send_all(Answer(name, combined))
-        return combined
+        if isinstance(combined, bytes):
+            self._send_all(Answer(name, combined))
+            return combined
+        for rank in range(1, self.size):
+            self._send(rank, Answer(name, combined[rank]))
+        return combined[0]
 
     def _everybody(self, name: str, mine: bytes, what: str, timeout_s: float) -> list[bytes]:
         with self._condition:
@@ -260,7 +306,10 @@ class Together:
         members = set(ranks) - {0}
         with self._condition:
             found = self._handed_in[name]
-            self._condition.wait_for(lambda: members <= found.keys() | self._gone, self._commit_timeout_s)
+            # Asked at each word: what it costs must not grow with the ranks.
+            self._condition.wait_for(
+                lambda: len(found) >= len(members) - len(members & (self._gone - found.keys())), self._commit_timeout_s
+            )
             found = self._handed_in.pop(name)
             gone, slow = sorted(members & self._gone - found.keys()), sorted(members - found.keys() - self._gone)
         missing = None
