@@ -21,6 +21,11 @@ $(VENV)/.slurm: $(STAMP) scripts/install-slurm.sh
 	scripts/install-slurm.sh
 	touch $@
 
+# Nodes that are cut off from each other are network namespaces; where `ip` cannot be had, those tests are skipped.
+$(VENV)/.iproute2: $(STAMP) scripts/install-iproute2.sh
+	scripts/install-iproute2.sh
+	touch $@
+
 # Frameworks whose unmodified scripts are kept with --mirror.
 $(VENV)/.frameworks: $(STAMP) constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt transformers accelerate
@@ -32,7 +37,7 @@ demo: $(STAMP)  ## train, kill three times, prove that the result is the same
 test: $(STAMP) $(VENV)/.azurite  ## everything that finishes within ten minutes on two cores
 	$(BIN)/pytest -n 2 -m "not long"
 
-test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.frameworks  ## the long attacks as well
+test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.iproute2 $(VENV)/.frameworks  ## the long attacks as well
 	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n 2
 
 lint: $(STAMP)

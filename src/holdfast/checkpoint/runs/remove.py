@@ -26,7 +26,7 @@ from holdfast.store.base import Entry, Store
 
 __all__ = ["Removal", "plan_removal", "remove"]
 
-_PREFIXES = ("checkpoints/", "data/", "events/", "logs/", "notes/", "probes/")
+_PREFIXES = ("checkpoints/", "data/", "events/", "logs/", "notes/", "probes/", "rendezvous/")
 """`run.json` stays with the tombstone. What lies beside these is not the run's and is never touched."""
 
 

@@ -5,7 +5,8 @@ torch does the rounds: join, last call, ranks, heartbeats, close. What is ours:
     (round_store.py), and a fresh one for the workers of every round;
   - an agent that has gone, or that cannot reach the store, is news to the others as a new one is: `num_nodes_waiting`, which
     torchrun's agent asks ten times a second, speaks of both, and what it asks for costs no restart;
-  - leaving is said: an agent that is told to go takes itself out, so that the others need not miss its heartbeats first;
+  - leaving is said: an agent that is told to go takes itself out, so that the others need not miss its heartbeats first, and one
+    whose machine has got a notice does not come back (departure.py);
   - closed means that a job has ended, not that its id is used up.
 """
 
@@ -21,7 +22,7 @@ import weakref
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
@@ -41,7 +42,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     _RendezvousContext,
 )
 
+from holdfast.core.clock import SystemClock
+from holdfast.core.contract import EXIT_PREEMPTED
 from holdfast.train.elastic.backend import ObjectStoreBackend
+from holdfast.train.elastic.departure import Departure
 from holdfast.train.elastic.options import Options, open_backend, own_address, read_options
 from holdfast.train.elastic.round_store import RoundLost, RoundStore
 
@@ -53,7 +57,7 @@ _PORT_BITS = 16
 _NONCE_BITS = 46
 """With the port: 62 bits, what any reader of JSON holds in an integer."""
 _LEAVE_S = 5.0
-_CONNECT = timedelta(seconds=20)
+_ANSWER = timedelta(seconds=20)
 _LONGEST_PAUSE_S = 60.0
 
 
@@ -65,7 +69,7 @@ def make_handler(parameters: RendezvousParameters) -> ElasticHandler:
     address = parameters.local_addr or own_address()
     server = TCPStore(address, 0, is_master=True, multi_tenant=True)
     node = _NodeDesc(address, os.getpid(), secrets.randbits(_NONCE_BITS) << _PORT_BITS | server.port)
-    handler = ElasticHandler(node, options, parameters, backend, server)
+    handler = ElasticHandler(node, options, parameters, backend, server, Departure(os.environ, SystemClock()))
     atexit.register(_leave_at_exit, weakref.ref(handler))
     return handler
 
@@ -100,15 +104,16 @@ class ElasticHandler(DynamicRendezvousHandler):
         parameters: RendezvousParameters,
         backend: ObjectStoreBackend,
         server: TCPStore,
+        departure: Departure,
     ) -> None:
         self._holder = _BackendRendezvousStateHolder(backend, options.settings)
         self._holder._cache_duration = options.poll_s  # type: ignore[assignment]  # torch compares it, in seconds
         super().__init__(node, options.settings, parameters.backend, server, self._holder)
-        self._options, self._server = options, server
+        self._options, self._server, self._departure = options, server, departure
         self._executor = _Operations(node, self._holder, options)
         self._op_executor = self._executor
         self._round_store: RoundStore | None = None
-        self._members: frozenset[_NodeDesc] = frozenset()
+        self._members: dict[_NodeDesc, int] = {}
         self._round = -1
         self._has_left = False
 
@@ -116,11 +121,16 @@ class ElasticHandler(DynamicRendezvousHandler):
         """As torch's, and again when the round breaks before it is under way: an agent of it died just now, or cannot be reached.
 
         Who fails at that more than once stays away for a while, longer each time, so that a node that reaches the store and not
-        the other nodes does not keep them from working.
+        the other nodes does not keep them from working. A node that is about to go leaves with exit code 75 instead.
         """
         give_up_s, pause_s = time.monotonic() + self._settings.timeout.join.total_seconds(), 0.0
         self._has_left = False
         while True:
+            if self._departure.is_near:
+                logger.warning(
+                    "This machine is going: the node leaves the job '%s' to the others.", self._settings.run_id
+                )
+                raise SystemExit(EXIT_PREEMPTED)
             # torch keeps both from round to round: the address of a rank 0 that has gone, the keys of workers that have ended.
             self._bootstrap_store_info = self._shared_tcp_store_server = None
             try:
@@ -160,7 +170,7 @@ class ElasticHandler(DynamicRendezvousHandler):
         failed, then with the error under way. Only the first two end the job for all; the last is this node's affair."""
         error = sys.exc_info()[1]
         closed = True
-        if error is None or isinstance(error, ChildFailedError):
+        if error is None or (isinstance(error, ChildFailedError) and not self._departure.is_near):
             self._executor.has_finished = error is None
             closed = super().shutdown()
         self.leave()
@@ -173,25 +183,35 @@ class ElasticHandler(DynamicRendezvousHandler):
         self._has_left = True
         with suppress(RendezvousError):
             self._withdraw()
+        self._departure.close()
 
     def _withdraw(self) -> None:
         self._stop_heartbeats()
         self._op_executor.run(_LeaveOperation(), time.monotonic() + _LEAVE_S)
 
-    def _get_store(self) -> Store:
-        """Called by torch when the round is complete."""
+    def _get_world(self) -> tuple[int, int]:
+        """Called by torch when the round is complete. From here on the round is what the state says now: heartbeats run already,
+        and may bring another one at any time."""
         state = self._state_holder.state
-        self._members, self._round = frozenset(state.participants), state.round
-        host = next(node for node, rank in state.participants.items() if rank == 0)
+        self._members, self._round = dict(state.participants), state.round
+        if self._this_node not in self._members:
+            raise RoundLost("this node was not heard of in time, and the others have given it up")
+        return self._members[self._this_node], len(self._members)
+
+    def _get_store(self) -> Store:
+        """Called by torch right after `_get_world`."""
+        host = next((node for node, rank in self._members.items() if rank == 0), None)
+        if host is None:
+            raise RoundLost("rank 0's agent has gone")
         inner: Store = self._server
         if host != self._this_node:
             port = host.local_id & ((1 << _PORT_BITS) - 1)
             try:
-                inner = TCPStore(host.addr, port, is_master=False, wait_for_workers=False, timeout=_CONNECT)
-                inner.set_timeout(timedelta(seconds=300))
+                inner = TCPStore(host.addr, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
             except RuntimeError as error:
                 raise RoundLost(f"rank 0's agent cannot be reached at {host.addr}, port {port}: {error}") from error
-        self._round_store = RoundStore(self._wrap_store(inner), self._is_whole)
+        prefix = f"holdfast/{self._settings.run_id}/{self._round}"
+        self._round_store = RoundStore(PrefixStore(prefix, inner), self._is_whole)
         return self._round_store  # type: ignore[return-value]
 
     def _is_whole(self) -> bool:
@@ -204,7 +224,7 @@ class ElasticHandler(DynamicRendezvousHandler):
         state = self._state_holder.state
         if state.closed:
             return 0
-        return len(self._members.difference(state.participants)) if state.round == self._round else 1
+        return len(self._members.keys() - state.participants.keys()) if state.round == self._round else 1
 
     def _end_with_the_job(self) -> None:
         """The job has ended while this node waited for a round."""

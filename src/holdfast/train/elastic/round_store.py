@@ -2,14 +2,18 @@
 
 torchrun's agent asks it three things: which ranks its workers have (right after the rendezvous), and, when they have finished, how
 many others have. An error in the first ends the agent, and its node would be lost with the other; waiting takes minutes. So every
-call waits in a thread of its own, and looks meanwhile whether all agents of the round are still there. When one is gone, calls
-return, with what lets the agent go on to its next look at `num_nodes_waiting`: that tells it to form a new round.
+call looks meanwhile whether all agents of the round are still there. When one is gone, calls return, with what lets the agent go
+on to its next look at `num_nodes_waiting`: that tells it to form a new round.
+
+Requests are made in threads of their own, because a host that has fallen silent holds them up. None of them waits for a key at the
+store: a thread that is still in torch's client when the interpreter ends, and hears that the connection is gone, aborts it.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
@@ -22,6 +26,7 @@ __all__ = ["RoundLost", "RoundStore"]
 
 _T = TypeVar("_T")
 _LOOK_EVERY_S = 1.0
+_ASK_EVERY_S = 0.05
 
 
 class RoundLost(RendezvousConnectionError):
@@ -38,17 +43,18 @@ class RoundStore:
     def __init__(self, inner: Any, is_whole: Callable[[], bool]) -> None:
         self._inner, self._is_whole = inner, is_whole
         self._said = b""
+        self._timeout = timedelta(seconds=300)
         self.is_lost = False
         self.is_under_way = False
         """Before: calls raise RoundLost, and the rendezvous begins anew. After: they return something, see above."""
 
     @property
     def timeout(self) -> timedelta:
-        found: timedelta = self._inner.timeout
-        return found
+        return self._timeout
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._inner.set_timeout(timeout)
+        """For how long `get`, `multi_get` and `wait` wait for keys."""
+        self._timeout = timeout
 
     def set(self, key: str, value: str | bytes) -> None:
         self._said = value.encode() if isinstance(value, str) else value
@@ -56,28 +62,29 @@ class RoundStore:
 
     def get(self, key: str) -> bytes:
         # Read as: the first of these workers is rank 1 of 2. Its master is gone, so they can do nothing before they are stopped.
-        return self._ask(lambda: self._inner.get(key), json.dumps([1, 2, 1, 2]).encode())
+        return self._ask(lambda: self._inner.get(key), json.dumps([1, 2, 1, 2]).encode(), [key])
 
     def add(self, key: str, amount: int) -> int:
         return self._ask(lambda: self._inner.add(key, amount), 0)
 
     def wait(self, keys: list[str]) -> None:
-        self._ask(lambda: self._inner.wait(keys), None)
+        self._ask(lambda: None, None, keys)
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         # Read by rank 0 as: every agent has as many workers as this one.
-        return self._ask(lambda: self._inner.multi_get(keys), [self._said] * len(keys))
+        return self._ask(lambda: self._inner.multi_get(keys), [self._said] * len(keys), keys)
 
     def multi_set(self, keys: list[str], values: list[str]) -> None:
         self._ask(lambda: self._inner.multi_set(keys, values), None)
 
-    def _ask(self, call: Callable[[], _T], otherwise: _T) -> _T:
+    def _ask(self, call: Callable[[], _T], otherwise: _T, keys: list[str] | None = None) -> _T:
+        """What `call` returns, once all `keys` are there."""
         error: Exception | None = None
         if not self.is_lost:
-            future: Future[_T] = Future()
-            threading.Thread(target=_run, args=(call, future), name="holdfast-round", daemon=True).start()
             try:
-                return self._answer(future)
+                if keys:
+                    self._until_there(keys)
+                return self._request(call)
             except (RoundLost, RuntimeError) as raised:  # torch's DistError is a RuntimeError
                 error = raised
         self.is_lost = True
@@ -85,13 +92,31 @@ class RoundStore:
             raise RoundLost(f"the round's agents cannot all be reached: {error}") from error
         return otherwise
 
-    def _answer(self, future: Future[_T]) -> _T:
+    def _until_there(self, keys: list[str]) -> None:
+        give_up_s = time.monotonic() + self._timeout.total_seconds()
+        look_s = time.monotonic() + _LOOK_EVERY_S
+        while not self._request(lambda: self._inner.check(keys)):
+            now_s = time.monotonic()
+            if now_s > give_up_s:
+                raise RoundLost(f"nothing was heard of one of them within {self._timeout.total_seconds():g} s")
+            if now_s > look_s:
+                self._look()
+                look_s = now_s + _LOOK_EVERY_S
+            time.sleep(_ASK_EVERY_S)
+
+    def _request(self, call: Callable[[], _T]) -> _T:
+        future: Future[_T] = Future()
+        threading.Thread(target=_run, args=(call, future), name="holdfast-round", daemon=True).start()
         while True:
             try:
                 return future.result(_LOOK_EVERY_S)
             except TookTooLong:
-                if not future.done() and not self._is_whole():
-                    raise RoundLost("one of them has gone") from None
+                if not future.done():
+                    self._look()
+
+    def _look(self) -> None:
+        if not self._is_whole():
+            raise RoundLost("one of them has gone")
 
 
 def _run(call: Callable[[], Any], future: Future[Any]) -> None:
