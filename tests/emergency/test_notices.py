@@ -18,7 +18,7 @@ from holdfast.core.contract import EXIT_PREEMPTED
 from holdfast.testing.metadata import metadata_server
 
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
-TRAININGS, ROUNDS = (10, 5) if LONG else (3, 1)
+TRAININGS, ROUNDS = (10, 5) if LONG else (2, 1)
 """At once, since they mostly wait; and how often."""
 LEAD_S = {"aws": 14.0, "gcp": 12.0, "azure": 15.0}
 """AWS is asked every 5 s, so half of it may be over when it is heard."""

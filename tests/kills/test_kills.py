@@ -19,7 +19,7 @@ from holdfast.store.open import open_store
 from holdfast.testing.servers import ministack_server
 
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
-KILLS = 100 if LONG else 20
+KILLS = 100 if LONG else 12
 
 
 @pytest.fixture(scope="module")

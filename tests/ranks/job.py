@@ -142,6 +142,7 @@ def train(
     result: str = "",
     control: str = "",
     late_s: float = 0.0,
+    fresh: bool = False,
     far: bool = False,
 ) -> None:
     """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
@@ -168,7 +169,14 @@ def train(
     record: dict[str, Any] = {"seen": []}
     page, samples = Path(f"{url}.step-{rank}"), Path(f"{url}.samples-{rank}")
     with holdfast.Run(
-        url, save_every=save_every, keep=2, notice=notice, commit_timeout=commit_timeout, seed=3, progress=False
+        url,
+        save_every=save_every,
+        keep=2,
+        notice=notice,
+        commit_timeout=commit_timeout,
+        seed=3,
+        progress=False,
+        fresh=fresh,
     ) as run:
         run.track(model=model, optimizer=optimizer, record=record)
         for epoch in run.epochs(EPOCHS):

@@ -144,6 +144,16 @@ def test_without_one_of_the_machines_the_newest_checkpoint_is_what_there_is(
     assert f"attempt 2 resumes at step {durable} " in job.said()
 
 
+def test_who_begins_anew_takes_nothing_over(
+    zygote: Zygote, kind: str, reference: list[dict[str, Any]], machines: Machines, tmp_path: Path
+) -> None:
+    job = Job(zygote, tmp_path / "a", kind=kind)
+    on = {rank: {"control": machines.control(rank)} for rank in range(2)}
+    killed_with_a_save_in_memory(job, on)
+    assert job.finish(for_rank=on, fresh=True) == reference
+    assert "attempt 2 starts " in job.said()
+
+
 def test_what_lies_in_memory_is_not_fetched(zygote: Zygote, kind: str, machines: Machines, tmp_path: Path) -> None:
     """The same ranks on the same machines go on without any data of the store, here gone; hashes are compared all the same."""
     job = Job(zygote, tmp_path / "a", kind=kind)

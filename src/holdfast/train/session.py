@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.handover import Inherited, Legacy
-from holdfast.checkpoint.near import NearFor, near_disk, near_memory
-from holdfast.checkpoint.rank_reader import open_for_rank
-from holdfast.checkpoint.read import CheckpointReader, Fallback, read_threads, restore_newest
+from holdfast.checkpoint.read import CheckpointReader
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
-from holdfast.checkpoint.tier import LocalTier, Tier, load_staged
+from holdfast.checkpoint.tier import LocalTier, Tier
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
@@ -35,13 +31,12 @@ from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
 from holdfast.train.place import Place
-from holdfast.train.ranks.inheriting import commit_heritage, commit_heritage_together
-from holdfast.train.ranks.joining import claim_together, restore_together, same_for_all
-from holdfast.train.ranks.reading import ReadingTogether
+from holdfast.train.ranks.joining import claim_together, same_for_all
 from holdfast.train.ranks.sharing import Sharer
 from holdfast.train.ranks.together import Together
 from holdfast.train.record import Record
-from holdfast.train.restoring import Loaded, load_checkpoint
+from holdfast.train.restoring import Loaded
+from holdfast.train.resuming import Resuming
 from holdfast.train.saves import Saves
 from holdfast.train.settings import Settings
 from holdfast.train.tracked import Tracker
@@ -88,7 +83,6 @@ class Session:
         self._options, self._tracker, self._place, self._settings = options, tracker, place, settings
         self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
         self._legacy, self._find_inherited = legacy, inherited
-        self._inherited: list[Inherited] = []
         self._devices: list[Device] = []
         self._stores: dict[str, Store] = {}
         self._saver: Saver | None = None
@@ -151,13 +145,13 @@ class Session:
                 claim = self.claim = replace(claim, head=claim.lineage.head)
         else:
             self._clear_tier(claim)
-        try:
-            claim = self._commit_inherited(claim)
-            restored = self._load(claim)
-        finally:
-            for one in self._inherited:
-                one.slot.close()
-            self._inherited = []
+        with Resuming(
+            self.store, self.home, self._tracker, self._place, self._record, self._together, self._tier, self._saver,
+            inherited=[] if claim.finished else self._find_inherited(), strict=self._options.strict, clock=self._clock,
+            tokens=self._tokens,
+        ) as resuming:  # fmt: skip
+            claim = self.claim = resuming.commit_inherited(claim)
+            restored = self._adopted(claim, resuming.load(claim))
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
         if together is not None:
@@ -166,37 +160,6 @@ class Session:
             self.saves = self._start_saves(self._saver, claim)
         self.restored = restored is not None
         self._announce(claim, restored)
-
-    def _commit_inherited(self, claim: Claim) -> Claim:
-        """What the last trainers have left in memory and is newer than what is durable. Keeps the memory for the restore."""
-        if claim.finished or claim.head is None:
-            return claim
-        self._inherited = self._find_inherited()
-        options = {"open_home": self.home, "clock": self._clock, "tokens": self._tokens}
-        heritage = None
-        if self._together is not None:
-            heritage = commit_heritage_together(
-                self._together, self._inherited, claim.before, claim.lineage, self.store, options
-            )
-        elif claim.before is not None and claim.lineage is not None:
-            heritage = commit_heritage(self._inherited, claim.before, claim.lineage, self.store, options)
-        if heritage is None:
-            return claim
-        if heritage.error:
-            self._record.warn(
-                f"the snapshot of step {heritage.step}, left in memory, could not be committed: {heritage.error}"
-            )
-            self._record.emit("snapshot.lost", step=heritage.step, error=heritage.error)
-        else:
-            self._record.say(f"committed the snapshot of step {heritage.step} that the last trainers left in memory")
-            self._record.emit("snapshot.rescued", step=heritage.step)
-        self.claim = replace(claim, head=heritage.head)
-        return self.claim
-
-    def _near(self, head: Head) -> list[NearFor]:
-        """Where on this machine copies of what is restored may be, the nearest first."""
-        found = [near_memory(self._inherited, head.run_id)] if self._inherited else []
-        return found if self._tier is None else [*found, near_disk(self._tier.store)]
 
     def _claim(self) -> Claim:
         return open_run(
@@ -282,76 +245,11 @@ class Session:
         exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
         return PreemptionRate().observed(self._starts - 1, exposure_s)
 
-    def _load(self, claim: Claim) -> CheckpointReader | None:
-        head = claim.head
-        if head is None:
-            return None
-        with ThreadPoolExecutor(read_threads(self.store), thread_name_prefix="holdfast-read") as pool:
-
-            @collector_paused()
-            def load(
-                reader: CheckpointReader, reading: ReadingTogether | None = None
-            ) -> tuple[CheckpointReader, Loaded]:
-                return reader, load_checkpoint(
-                    reader, self._tracker, pool, strict=self._options.strict, rank=self._place.rank,
-                    world_size=self._place.world_size, prepare=None if reading is None else reading.prepare,
-                )  # fmt: skip
-
-            if self._together is not None:
-                found = self._load_together(self._together, head, load)
-            else:
-                found = self._load_staged(head, load) or restore_newest(
-                    self.store, head, self.home, load, fell_back=self._fell_back,
-                    near=self._near(head),
-                )  # fmt: skip
-        if found is None:
+    def _adopted(self, claim: Claim, found: tuple[CheckpointReader, Loaded] | None) -> CheckpointReader | None:
+        """What was read into the tracked objects is where the run is now."""
+        if found is None or claim.head is None:
             return None
         reader, loaded = found
-        self._adopt(reader, loaded, in_store=any(ref.name == reader.ref.name for ref in head.checkpoints))
-        return reader
-
-    def _load_together(
-        self,
-        together: Together,
-        head: Head,
-        load: Callable[[CheckpointReader, ReadingTogether], tuple[CheckpointReader, Loaded]],
-    ) -> tuple[CheckpointReader, Loaded] | None:
-        readings: list[ReadingTogether] = []
-
-        def load_one(ref: CheckpointRef) -> tuple[CheckpointReader, Loaded]:
-            reading = ReadingTogether(together, self.store, ref.name, run_id=head.run_id, attempt=head.attempt)
-            readings.append(reading)
-            try:
-                reader = open_for_rank(
-                    self.store, ref, self.home, self._near(head), rank=together.rank, world_size=together.size
-                )
-                return load(reader, reading)
-            finally:
-                reading.pass_by()
-
-        try:
-            return restore_together(
-                together, [ref for ref in head.checkpoints if ref.generation == head.generation], load_one,
-                fell_back=self._fell_back, url=self._options.url,
-            )  # fmt: skip
-        finally:
-            for reading in readings:
-                reading.close()
-
-    def _load_staged(
-        self, head: Head, load: Callable[[CheckpointReader], tuple[CheckpointReader, Loaded]]
-    ) -> tuple[CheckpointReader, Loaded] | None:
-        """From this machine's disk, if an attempt left something there that is newer than the store's newest checkpoint."""
-        if self._tier is None or self._saver is None:
-            return None
-        found = load_staged(self._tier, self.store, head, self.home, load, fell_back=self._fell_back)
-        if found is None:
-            return None
-        staged, result = found
-        self._saver.adopt(staged)
-        return result
-
-    def _adopt(self, reader: CheckpointReader, loaded: Loaded, *, in_store: bool) -> None:
         for line in loaded.skipped:
             self._record.warn(f"strict=False left this out: {line}")
         asked, place = self._place.seed, self._place
@@ -362,7 +260,7 @@ class Session:
         self._is_imported = loaded.imported
         run_id, starts = reader.root.metadata.get("starts") or (None, 0)
         # A fork has been started by nobody yet.
-        if self.claim is not None and run_id == self.claim.record.run_id:
+        if run_id == claim.record.run_id:
             self._starts += int(starts)
         if loaded.imported:
             rest = f"; {', '.join(loaded.untouched)} as the script made them" if loaded.untouched else ""
@@ -372,18 +270,12 @@ class Session:
             now = describe_state(self._tracker.optimizers(), self._tracker.modules())
             for line in device_changes(reader.root.metadata, describe_devices(self._devices), now["precision"]):
                 self._record.say(line)
-        if self._saver is not None and in_store:
+        if self._saver is not None and any(ref.name == reader.ref.name for ref in claim.head.checkpoints):
             self._saver.known.add(
                 reader.ref.name, reader.part(place.rank % reader.root.world_size), home=reader.ref.home
             )
             self._saver.roots.remember(reader.root)
-
-    def _fell_back(self, fallback: Fallback) -> None:
-        self._record.warn(
-            f"the checkpoint of step {fallback.checkpoint.step} does not verify and is passed over for an older one: "
-            f"{fallback.reason}"
-        )
-        self._record.emit("restore.fell_back", checkpoint=fallback.checkpoint.name, reason=fallback.reason)
+        return reader
 
     def _announce(self, claim: Claim, restored: CheckpointReader | None) -> None:
         step, position, record = self._place.step, self._place.position, self._record
