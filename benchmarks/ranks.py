@@ -47,7 +47,7 @@ def build(kind: str, size_bytes: int, seed: int) -> tuple[Any, Any]:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     return model, optimizer
@@ -62,14 +62,15 @@ def slowest(seconds: float) -> float:
     return float(value)
 
 
-def change(model: Any) -> None:
-    """Every byte of the weights differs from what was saved before."""
+def change(model: Any, optimizer: Any) -> None:
+    """No array is what was saved before, neither weights nor moments."""
     import torch
 
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     with torch.no_grad():
-        for parameter in model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            local.add_(1.0)
+        for value in (*model.parameters(), *moments):
+            local = value.to_local() if hasattr(value, "to_local") else value
+            local.mul_(1.01)
 
 
 def with_holdfast(model: Any, optimizer: Any, folder: Path, rounds: int) -> list[dict[str, float]]:
@@ -83,7 +84,7 @@ def with_holdfast(model: Any, optimizer: Any, folder: Path, rounds: int) -> list
     ) as run:
         run.track(model=model, optimizer=optimizer)
         for _ in run.batches(range(rounds)):
-            change(model)
+            change(model, optimizer)
             saves = run._session.saves
             assert saves is not None
             dist.barrier()
@@ -103,7 +104,7 @@ def with_dcp(model: Any, optimizer: Any, folder: Path, rounds: int) -> list[dict
     found = []
     group = dist.new_group(backend="gloo")
     for number in range(rounds):
-        change(model)
+        change(model, optimizer)
         dist.barrier()
         started_s = time.perf_counter()
         weights, moments = get_state_dict(model, optimizer)
@@ -135,7 +136,7 @@ def with_torch_checkpointing(model: Any, optimizer: Any, folder: Path, rounds: i
     manager = _manager()
     rank, size = dist.get_rank(), dist.get_world_size()
     for number in range(rounds):
-        change(model)
+        change(model, optimizer)
         path = folder / f"tc-{number}"
         dist.barrier()
         started_s = time.perf_counter()

@@ -1,19 +1,21 @@
-"""Describe a trace in a few figures, from which `synthetic` can make others like it."""
+"""Describe a trace in a few figures, from which `synthetic` can make others like it, or from which a policy can learn."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from holdfast.core.errors import UsageError
 from holdfast.policy.market.arrays import Bools, Floats, Ints
+from holdfast.policy.market.beliefs import Beliefs, Sightings
 from holdfast.simulate.lifetimes import Weibull, fit_weibull
 from holdfast.simulate.synthetic import Pool, PriceWalk
 from holdfast.simulate.trace import Trace
 
-__all__ = ["Likeness", "fit_pool", "runs"]
+__all__ = ["Likeness", "fit_beliefs", "fit_pool", "runs"]
 
 _DAY_S = 86400
 
@@ -67,6 +69,13 @@ def fit_pool(trace: Trace, pool: str, *, gang: int = 1) -> Likeness:
         by_hour=_by_hour(there, trace.tick_s),
         price=_fit_price(one.microusd_h[0], trace.tick_s),
     )
+
+
+def fit_beliefs(trace: Trace, *, gang: int = 1) -> Beliefs:
+    """What the policy `ours` may believe after this history. One pool: that pool's own past. Several: what a pool of that kind is
+    like, as sure as they agree."""
+    sightings = [Sightings.of(row, trace.tick_s) for row in trace.available(gang)]
+    return Beliefs.learned(reduce(Sightings.and_of, sightings))
 
 
 def _fit(lengths_s: Floats, of_kind: Bools, whole: Bools) -> Weibull | None:

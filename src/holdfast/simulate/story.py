@@ -33,15 +33,15 @@ def tell(
 ) -> tuple[Outcomes, tuple[Told, ...]]:
     """The window's outcome, and its decisions: those with another target or another clause than the one before, or all."""
     told: list[Told] = []
-    before: tuple[int, int] | None = None
+    before: tuple[int, Why] | None = None
 
     def watch(situation: Situation, choice: Choice) -> None:
         nonlocal before
-        chosen = int(choice.target[0]), int(choice.why[0])
-        if every_tick or chosen != before:
+        target, why, costs = choice.of(0)
+        if every_tick or (target, why) != before:
             context = context_of(situation, 0, trace.pools)
-            told.append(Told(context, policy.in_words(context, chosen[0], Why(chosen[1]))))
-        before = chosen
+            told.append(Told(context, policy.in_words(context, target, why, costs)))
+        before = (target, why)
 
     outcomes = simulate(trace, policy, workload, np.array([start], np.int64), watch)
     return outcomes, tuple(told)

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["Hearing"]
 
 _INHERIT_S = 5.0
+_NOBODY = -1
+"""As a rank: what it announces makes void only what those have left that are gone."""
 _MOST_DESCRIPTORS = 16
 
 
@@ -117,6 +119,11 @@ class Hearing:
             if memory_id not in described:
                 slot.close()
         return found
+
+    def forget_inherited(self) -> None:
+        """Nobody on this machine needs it any more: it must not lie beside what this attempt stages."""
+        if self._agent is not None:
+            self._agent.take_slots([], _NOBODY)
 
     def close(self) -> None:
         if self._agent is not None:

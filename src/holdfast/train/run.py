@@ -155,6 +155,7 @@ class Run(Batching):
             open_store=lambda where: open_store(where, options=store_options),
             legacy=self._hearing.legacy,
             inherited=self._hearing.inherited,
+            forget_inherited=self._hearing.forget_inherited,
             clock=clock,
             tokens=tokens,
         )

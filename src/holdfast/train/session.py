@@ -77,12 +77,13 @@ class Session:
         open_store: Callable[[str], Store],
         legacy: Callable[[str, Head, int, Callable[[], dict[str, bytes]]], Legacy | None],
         inherited: Callable[[], list[Inherited]],
+        forget_inherited: Callable[[], None],
         clock: Clock,
         tokens: TokenSource,
     ) -> None:
         self._options, self._tracker, self._place, self._settings = options, tracker, place, settings
         self._record, self._open_store, self._clock, self._tokens = record, open_store, clock, tokens
-        self._legacy, self._find_inherited = legacy, inherited
+        self._legacy, self._find_inherited, self._forget_inherited = legacy, inherited, forget_inherited
         self._devices: list[Device] = []
         self._stores: dict[str, Store] = {}
         self._saver: Saver | None = None
@@ -152,6 +153,8 @@ class Session:
         ) as resuming:  # fmt: skip
             claim = self.claim = resuming.commit_inherited(claim)
             restored = self._adopted(claim, resuming.load(claim))
+        # All ranks have read by now: they have agreed on what is restored.
+        self._forget_inherited()
         if self._place.seed is None:
             self._place.seed = torch.initial_seed() & (2**63 - 1)
         if together is not None:

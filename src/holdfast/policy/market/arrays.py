@@ -59,6 +59,10 @@ class Why(IntEnum):
     AHEAD_SO_SPOT = 11
     AHEAD_SO_WAIT = 12
     AHEAD_BUT_NO_SPOT = 13
+    SPOT_IS_CHEAPEST = 14
+    WAITING_IS_CHEAPEST = 15
+    DEMAND_IS_CHEAPEST = 16
+    STAYING_IS_CHEAPEST = 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,14 @@ class Choice:
 
     target: Ints
     why: Flags
+    costs: Floats | None = None
+    """What a policy that counts expects the rest to cost, in dollars: waiting, spot, on-demand x window; nan where it need not
+    count. None: the policy does not count."""
+
+    def of(self, window: int) -> tuple[int, Why, tuple[float, ...]]:
+        """One window's target, clause and costs."""
+        costs = () if self.costs is None else tuple(self.costs[:, window].tolist())
+        return int(self.target[window]), Why(int(self.why[window])), costs
 
 
 @dataclass(frozen=True, slots=True)

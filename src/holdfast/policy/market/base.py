@@ -50,9 +50,9 @@ class MarketPolicy(ABC):
         """What is remembered before the first decision: as many numbers as ever will be."""
         return ()
 
-    def reasons(self, context: Context, why: Why, pool: str | None) -> tuple[str, ...]:
-        """What a clause means here. A policy that remembers something adds what it knows."""
-        return describe(context, why, pool)
+    def reasons(self, context: Context, why: Why, pool: str | None, costs: tuple[float, ...]) -> tuple[str, ...]:
+        """What a clause means here."""
+        return describe(context, why, pool, costs)
 
     def start(self, pools: int) -> PolicyState:
         """The state before the first decision, for so many pools."""
@@ -67,14 +67,14 @@ class MarketPolicy(ABC):
                 f"this state is of policy {state.policy} and has {len(state.memory)}"
             )
         memory, choice = self.choose(situation_of(context), np.array(state.memory, np.float64).reshape(slots, 1))
-        decision = self.in_words(context, int(choice.target[0]), Why(int(choice.why[0])))
+        decision = self.in_words(context, *choice.of(0))
         return PolicyState(self.name, tuple(memory[:, 0].tolist())), decision
 
-    def in_words(self, context: Context, target: int, why: Why) -> Decision:
-        """One window's choice as a decision."""
+    def in_words(self, context: Context, target: int, why: Why, costs: tuple[float, ...] = ()) -> Decision:
+        """One window's choice as a decision; `costs` as in `Choice`."""
         if target == NOTHING:
-            return Decision(Market.NOTHING, None, self.reasons(context, why, None))
+            return Decision(Market.NOTHING, None, self.reasons(context, why, None, costs))
         if target == ON_DEMAND:
-            return Decision(Market.ON_DEMAND, None, self.reasons(context, why, None))
+            return Decision(Market.ON_DEMAND, None, self.reasons(context, why, None, costs))
         pool = context.offers[target].pool
-        return Decision(Market.SPOT, pool, self.reasons(context, why, pool))
+        return Decision(Market.SPOT, pool, self.reasons(context, why, pool, costs))

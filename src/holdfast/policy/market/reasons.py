@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from holdfast.core.config import format_duration
 from holdfast.policy.market.arrays import Why
 from holdfast.policy.market.facts import Context
@@ -23,13 +25,21 @@ _RULES = {
     Why.AHEAD_SO_SPOT: "ahead of uniform progress, and spot is there again",
     Why.AHEAD_SO_WAIT: "ahead of uniform progress: there is time to wait for spot",
     Why.AHEAD_BUT_NO_SPOT: "ahead of uniform progress, but no spot to change to: on-demand goes on",
+    Why.SPOT_IS_CHEAPEST: "spot is there, and starting on it is the cheapest on average",
+    Why.WAITING_IS_CHEAPEST: "waiting for spot is the cheapest on average",
+    Why.DEMAND_IS_CHEAPEST: "starting on on-demand is the cheapest on average",
+    Why.STAYING_IS_CHEAPEST: "on on-demand, and to stay there is the cheapest on average",
 }
+_WAYS = ("if it waits now", "on spot now", "on on-demand now")
 _ABOUT_PROGRESS = {Why.BEHIND, Why.STILL_BEHIND, Why.AHEAD_SO_SPOT, Why.AHEAD_SO_WAIT, Why.AHEAD_BUT_NO_SPOT}
 
 
-def describe(context: Context, why: Why, pool: str | None) -> tuple[str, ...]:
-    """The rule, the time, and what the pool costs."""
+def describe(context: Context, why: Why, pool: str | None, costs: tuple[float, ...] = ()) -> tuple[str, ...]:
+    """The rule, the time, what the rest is expected to cost by each way to go on, and what the pool costs."""
     reasons = [_RULES[why], _time(context)]
+    ways = [f"${cost:.2f} {how}" for cost, how in zip(costs, _WAYS, strict=False) if not math.isnan(cost)]
+    if ways:
+        reasons.append("the rest is expected to cost " + ", ".join(ways))
     if why in _ABOUT_PROGRESS:
         reasons.append(_progress(context))
     for offer in context.offers:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from holdfast.core.errors import UsageError
 from holdfast.policy.market.base import MarketPolicy
 from holdfast.policy.market.greedy import Greedy
+from holdfast.policy.market.ours import Ours
 from holdfast.policy.market.single_market import OnDemandOnly, SpotOnly
 from holdfast.policy.market.uniform_progress import UniformProgress, UniformProgressAsWritten
 
@@ -16,7 +17,7 @@ __all__ = ["POLICIES", "policy_named"]
 POLICIES: Mapping[str, MarketPolicy] = MappingProxyType(
     {
         policy.name: policy
-        for policy in (Greedy(), UniformProgress(), UniformProgressAsWritten(), OnDemandOnly(), SpotOnly())
+        for policy in (Greedy(), UniformProgress(), UniformProgressAsWritten(), OnDemandOnly(), SpotOnly(), Ours())
     }
 )
 
