@@ -12,6 +12,7 @@ from typing import Any
 from grounds import Ground, Zygote, eventually
 
 from holdfast.agent.control import ControlSocket
+from holdfast.checkpoint.handover import left_behind
 from holdfast.core.contract import CONTROL_SOCKET, EXIT_PREEMPTED, NoticeWord, SlotsWord, encode_word
 
 
@@ -38,7 +39,8 @@ def test_only_the_save_in_flight_fits(zygote: Zygote, reference: dict[str, Any],
     with ground.attended():
         ground.start(pace_s=0.02)
         ground.until(lambda: ground.durable_step() == 2)
-        ground.until(lambda: ground.step() >= 30)
+        # Its snapshot is described when its writing begins.
+        ground.until(lambda: 30 in [left.share.step for left in left_behind(ground.control)])
         ground.tell(4.2)
         assert ground.wait() == EXIT_PREEMPTED, ground.log.read_text()
     # A loop that looks again when that save is done finds nothing more to do.
