@@ -39,7 +39,7 @@ from holdfast.core.ids import random_token  # noqa: E402
 from holdfast.store.memory import MemoryStore  # noqa: E402
 from holdfast.train.ranks.hub import Hub, Spoke  # noqa: E402
 from holdfast.train.ranks.together import Together  # noqa: E402
-from holdfast.train.ranks.words import Wish, Word  # noqa: E402
+from holdfast.train.ranks.words import Wish  # noqa: E402
 
 _SECRET = "0" * 64
 _STACK_BYTES = 512 << 10
@@ -53,20 +53,6 @@ FASTER_TIME = 1.2
 
 
 # ---- the hub, over loopback
-
-
-class _MemberLink:
-    def __init__(self, spoke: Spoke) -> None:
-        self._spoke = spoke
-
-    def send(self, rank: int, word: Word) -> None:
-        self._spoke.send(word)
-
-    def send_all(self, word: Word) -> None:
-        self._spoke.send(word)
-
-    def close(self) -> None:
-        self._spoke.close()
 
 
 def members_main(size: int, parameters: int) -> None:
@@ -97,7 +83,7 @@ def members_main(size: int, parameters: int) -> None:
 
 def _connect(together: Together, port: int, rank: int) -> None:
     spoke = Spoke("127.0.0.1", port, rank, _SECRET, lambda word: together.heard(0, word), lambda: together.lost(0))
-    together.connect(_MemberLink(spoke), lambda notice: None)
+    together.connect(spoke, lambda notice: None)
     spoke.start()
 
 

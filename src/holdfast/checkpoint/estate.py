@@ -28,7 +28,15 @@ from holdfast.core.errors import Fenced, IntegrityError, NotFound, StoreFull
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
 
-__all__ = ["EstateCommitter", "PartWriter", "bare_snapshot", "commit_left_behind", "newest_whole"]
+__all__ = [
+    "EstateCommitter",
+    "PartWriter",
+    "bare_snapshot",
+    "commit_estate",
+    "commit_left_behind",
+    "held_shares",
+    "newest_whole",
+]
 
 _THREADS = 4
 _NO_INDEX = Part(FORMAT_VERSION, 0, [], [], [], b"")
@@ -107,6 +115,43 @@ def bare_snapshot(share: Share, epoch: int, metadata: dict[str, Any]) -> Snapsho
     return Snapshot(b"", Layout((), (), 0), share.step, epoch, metadata, None, ranks=share.ranks, take=share.take)
 
 
+def held_shares(found: Sequence[Inherited], truth: Head | None) -> list[Inherited] | None:
+    """The newest whole state that this process has in memory, and that continues the run; by the number of its parts."""
+    shares = None if truth is None else newest_whole([one.left.share for one in found], truth)
+    if shares is None:
+        return None
+    by_share = {one.left.share: one for one in found}
+    return [by_share[share] for share in shares]
+
+
+def commit_estate(
+    parts: Sequence[Inherited],
+    store: Store,
+    lineage: Lineage,
+    *,
+    open_home: StoreOpener,
+    clock: Clock,
+    tokens: TokenSource,
+) -> CheckpointRef:
+    """Commit a whole state under this claim, all of it from this process's memory. What the newest checkpoint has is not sent
+    again. Raises what the store raises, Fenced and SaveError."""
+    for part in parts:
+        keep_segments(store, part.left.segments)
+    first, head = parts[0].left, lineage.head
+    with PartWriter(store, tokens) as writer:
+        committer = EstateCommitter(
+            store, lineage, gather=lambda begin: [writer.write(part, begin) for part in parts],
+            open_home=open_home, clock=clock, tokens=tokens, hashing=writer.pool, sending=writer.pool,
+        )  # fmt: skip
+        current = [ref for ref in head.checkpoints if ref.generation == head.generation]
+        with suppress(IntegrityError, NotFound):
+            if current:
+                reader = open_checkpoint(store, current[-1], open_home)
+                writer.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
+                committer.roots.remember(reader.root)
+        return committer.commit(bare_snapshot(first.share, first.epoch, first.metadata)).ref
+
+
 def commit_left_behind(
     found: Sequence[Inherited],
     store: Store,
@@ -115,15 +160,13 @@ def commit_left_behind(
     clock: Clock,
     tokens: TokenSource,
 ) -> CheckpointRef | None:
-    """Commit the newest state that trainers of this machine have left, all of it. None when none is whole, newer than what is
-    committed, and continues it. Raises what the store raises, Fenced when somebody claims at the same moment.
+    """Claim the run, and commit the newest state that trainers of this machine have left. None when none is whole, newer than what
+    is committed, and continues it. Raises what the store raises, Fenced when somebody claims at the same moment.
     """
     truth = read_truth(store, found[0].left.share.run_id).head if found else None
-    shares = None if truth is None else newest_whole([one.left.share for one in found], truth)
-    if truth is None or shares is None:
+    parts = held_shares(found, truth)
+    if truth is None or parts is None:
         return None
-    by_share = {one.left.share: one for one in found}
-    parts = [by_share[share] for share in shares]
     nonce = truth.nonce
 
     def change(body: Head) -> Head:
@@ -133,17 +176,4 @@ def commit_left_behind(
 
     lineage = Lineage(store, truth.run_id, clock=clock, tokens=tokens)
     lineage.claim(change)
-    for part in parts:
-        keep_segments(store, part.left.segments)
-    with PartWriter(store, tokens) as writer:
-        committer = EstateCommitter(
-            store, lineage, gather=lambda begin: [writer.write(part, begin) for part in parts],
-            open_home=open_home, clock=clock, tokens=tokens, hashing=writer.pool, sending=writer.pool,
-        )  # fmt: skip
-        current = [ref for ref in truth.checkpoints if ref.generation == truth.generation]
-        with suppress(IntegrityError, NotFound):
-            if current:
-                reader = open_checkpoint(store, current[-1], open_home)
-                writer.known.add(reader.ref.name, *reader.parts, home=reader.ref.home)
-                committer.roots.remember(reader.root)
-        return committer.commit(bare_snapshot(shares[0], parts[0].left.epoch, parts[0].left.metadata)).ref
+    return commit_estate(parts, store, lineage, open_home=open_home, clock=clock, tokens=tokens)

@@ -19,7 +19,7 @@ from holdfast.train.loader_twin import LoaderTwin, unwrapped
 from holdfast.train.sample_seeds import SeededCollate, SeededDataset, StatefulSeededDataset
 from holdfast.train.sampler_parts import SamplerParts
 
-__all__ = ["Circumstances", "LoaderSource", "Source", "cannot_be_random", "has_state", "length_or_none"]
+__all__ = ["Circumstances", "LoaderSource", "Source", "Uncounted", "cannot_be_random", "has_state", "length_or_none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,30 @@ def length_or_none(sized: Any) -> int | None:
         return None
 
 
-class LoaderSource:
+class Uncounted:
+    """What a source says that counts no samples and keeps no state."""
+
+    def length(self) -> int | None:
+        raise NotImplementedError
+
+    def check_started(self) -> None:
+        return None
+
+    def micro(self) -> Micro:
+        return Micro()
+
+    @property
+    def step_samples(self) -> int | None:
+        return None
+
+    def is_over(self, batch: int, sample: int) -> bool:
+        return batch == self.length()
+
+    def state(self) -> dict[str, Any] | None:
+        return None
+
+
+class LoaderSource(Uncounted):
     """What all DataLoaders have in common."""
 
     kind: ClassVar[str] = "dataloader"
@@ -147,12 +170,6 @@ class LoaderSource:
     def _sampler_part(self, sampler: Any) -> dict[str, Any]:
         return {"sampler" if self._base.batch_sampler is None else "batch_sampler": sampler}
 
-    def check_started(self) -> None:
-        return None
-
-    def micro(self) -> Micro:
-        return Micro()
-
     def accumulate(self, global_batch: int | None) -> None:
         if global_batch is not None:
             raise UsageError(
@@ -161,18 +178,8 @@ class LoaderSource:
                 "a DataLoader over a map-style dataset with batch_size=…, or leave global_batch out"
             )
 
-    @property
-    def step_samples(self) -> int | None:
-        return None
-
-    def is_over(self, batch: int, sample: int) -> bool:
-        return batch == self.length()
-
     def length(self) -> int | None:
         return length_or_none(self._base)
-
-    def state(self) -> dict[str, Any] | None:
-        return None
 
     def load_state(self, state: dict[str, Any]) -> None:
         raise UsageError(f"the checkpoint has a loader state, but this {type(self._loader).__name__} keeps none")

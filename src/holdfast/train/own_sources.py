@@ -20,9 +20,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from holdfast.core.errors import UsageError
-from holdfast.data.global_batch import Micro
 from holdfast.train.batch_order import NumberedSampler
-from holdfast.train.loader_source import Circumstances, LoaderSource, has_state, length_or_none
+from holdfast.train.loader_source import Circumstances, LoaderSource, Uncounted, has_state, length_or_none
 from holdfast.train.loader_twin import unwrapped
 from holdfast.train.sample_seeds import IsolatedRandomness
 from holdfast.train.sampler_parts import own_parts, shards_itself
@@ -108,7 +107,7 @@ class IterableSource(LoaderSource):
         )
 
 
-class PlainSource:
+class PlainSource(Uncounted):
     """No DataLoader: something that yields batches."""
 
     kind = "iterable"
@@ -139,12 +138,6 @@ class PlainSource:
         for batch in range(start_batch, len(self._batches)):
             yield self._batches[batch]
 
-    def check_started(self) -> None:
-        return None
-
-    def micro(self) -> Micro:
-        return Micro()
-
     def accumulate(self, global_batch: int | None) -> None:
         if global_batch is not None:
             raise UsageError(
@@ -152,18 +145,8 @@ class PlainSource:
                 "batches. Use a DataLoader over a map-style dataset with batch_size=…, or leave global_batch out"
             )
 
-    @property
-    def step_samples(self) -> int | None:
-        return None
-
-    def is_over(self, batch: int, sample: int) -> bool:
-        return batch == self.length()
-
     def length(self) -> int | None:
         return length_or_none(self._batches)
-
-    def state(self) -> dict[str, Any] | None:
-        return None
 
     def load_state(self, state: dict[str, Any]) -> None:
         raise UsageError(f"the checkpoint has a loader state, but a {type(self._batches).__name__} keeps none")

@@ -220,7 +220,8 @@ class Hub:
 
 
 class Spoke:
-    """A member's side. Thread safety: `send` may be called from any thread. `heard` and `lost` are called from its own.
+    """A member's side. It has one connection, so whatever is sent goes to rank 0. Thread safety: `send` may be called from any
+    thread. `heard` and `lost` are called from its own.
 
     Raises OSError when nobody answers at the address.
     """
@@ -233,13 +234,16 @@ class Spoke:
         _prepare(self._socket)
         self._sending = threading.Lock()
         self._closed = False
-        self.send(Hello(rank, secret))
+        self.send(0, Hello(rank, secret))
         self._thread = threading.Thread(target=self._read, name="holdfast-hub", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def send(self, word: Word) -> None:
+    def send_all(self, word: Word) -> None:
+        self.send(0, word)
+
+    def send(self, rank: int, word: Word) -> None:
         """What cannot be sent is lost with the connection, and `lost` says so."""
         try:
             with self._sending:

@@ -13,7 +13,14 @@ from typing import Any
 
 import msgspec
 
-from holdfast.checkpoint.estate import EstateCommitter, PartWriter, bare_snapshot, newest_whole
+from holdfast.checkpoint.estate import (
+    EstateCommitter,
+    PartWriter,
+    bare_snapshot,
+    commit_estate,
+    held_shares,
+    newest_whole,
+)
 from holdfast.checkpoint.format import Head
 from holdfast.checkpoint.handover import Inherited, Share
 from holdfast.checkpoint.heads import Lineage
@@ -61,22 +68,15 @@ def commit_heritage(
     found: Sequence[Inherited], before: Head, lineage: Lineage, store: Store, options: dict[str, Any]
 ) -> Heritage | None:
     """Commit the newest whole state, by a rank that is alone. `before`: the head before this claim. None where there is none."""
-    shares = newest_whole([one.left.share for one in found], before)
-    if shares is None:
+    parts = held_shares(found, before)
+    if parts is None:
         return None
-    by_share = {one.left.share: one for one in found}
-    mine = [by_share[share] for share in shares]
     error = ""
-    with PartWriter(store, options["tokens"]) as writer:
-        try:
-            for one in mine:
-                keep_segments(store, one.left.segments)
-            _committer(
-                store, lineage, options, writer, lambda begin: [writer.write(one, begin) for one in mine]
-            ).commit(bare_snapshot(shares[0], mine[0].left.epoch, mine[0].left.metadata))
-        except HoldfastError as raised:
-            error = f"{type(raised).__name__}: {raised}"
-    return Heritage(lineage.head, shares[0].step, error)
+    try:
+        commit_estate(parts, store, lineage, **options)
+    except HoldfastError as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return Heritage(lineage.head, parts[0].left.share.step, error)
 
 
 def commit_heritage_together(
@@ -126,21 +126,13 @@ def commit_heritage_together(
             first = heard[whole[0]]
             for one in ours:
                 keep_segments(store, one.left.segments)
-            committer = _committer(store, lineage, options, writer, turns.lead)
+            committer = EstateCommitter(
+                store, lineage, gather=turns.lead, hashing=writer.pool, sending=writer.pool, **options
+            )
             committer.commit(bare_snapshot(first.share, first.epoch, first.metadata))
         except HoldfastError as raised:
             error = f"{type(raised).__name__}: {raised}"
         return turns.end(chosen.step, lineage.head, error)
-
-
-def _committer(
-    store: Store,
-    lineage: Lineage,
-    options: dict[str, Any],
-    writer: PartWriter,
-    gather: Callable[[Begin], list[Ready | Cannot]],
-) -> EstateCommitter:
-    return EstateCommitter(store, lineage, gather=gather, hashing=writer.pool, sending=writer.pool, **options)
 
 
 _Words = dict[int, Ready | Cannot]

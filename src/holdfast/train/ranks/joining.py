@@ -22,12 +22,12 @@ from holdfast.train.devices import Device
 from holdfast.train.opening import Claim
 from holdfast.train.ranks.hub import Hub, Spoke
 from holdfast.train.ranks.together import Together
-from holdfast.train.ranks.words import Word
 from holdfast.train.ranks.world import World, next_run, publish, reachable_host, whereabouts
 
 __all__ = ["claim_together", "join", "restore_together", "same_for_all"]
 
 _JOIN_S = 300.0
+_REACH_S, _AGAIN_S = 120.0, 0.2
 Result = TypeVar("Result")
 
 
@@ -39,22 +39,6 @@ class _Found(msgspec.Struct, frozen=True):
     finished: bool
     devices: list[tuple[Device, int]]
     """Each kind, with how many ranks have it: every rank is told, so it must be short."""
-
-
-class _Member:
-    """A member's only connection leads to rank 0."""
-
-    def __init__(self, spoke: Spoke) -> None:
-        self._spoke = spoke
-
-    def send(self, rank: int, word: Word) -> None:
-        self._spoke.send(word)
-
-    def send_all(self, word: Word) -> None:
-        self._spoke.send(word)
-
-    def close(self) -> None:
-        self._spoke.close()
 
 
 def join(
@@ -71,14 +55,24 @@ def join(
         publish(host, hub.port, secret)
         together.wait_for_all(_JOIN_S)
         return together
-    host, port, secret = whereabouts()
-    try:
-        spoke = Spoke(host, port, world.rank, secret, lambda word: together.heard(0, word), lambda: together.lost(0))
-    except OSError as error:
-        raise RanksApart(f"rank 0 cannot be reached at {host}, port {port}: {error}") from error
-    together.connect(_Member(spoke), told)
+    spoke = _reach(world, together, clock)
+    together.connect(spoke, told)
     spoke.start()
     return together
+
+
+def _reach(world: World, together: Together, clock: Clock) -> Spoke:
+    """The first answer may be that of a rank 0 that has ended: torch's c10d rendezvous keeps the store of workers that it starts
+    again, with all that is in it."""
+    give_up_s = clock.monotonic_s() + _REACH_S
+    while True:
+        host, port, secret = whereabouts()
+        try:
+            return Spoke(host, port, world.rank, secret, lambda word: together.heard(0, word), lambda: together.lost(0))
+        except OSError as error:
+            if clock.monotonic_s() >= give_up_s:
+                raise RanksApart(f"rank 0 cannot be reached at {host}, port {port}: {error}") from error
+        clock.sleep(_AGAIN_S)
 
 
 def claim_together(together: Together, claim: Callable[[], Claim], device: Device) -> tuple[Claim, list[Device]]:
