@@ -7,10 +7,12 @@ import select
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+
+import waiting
 
 from holdfast.cli.logs import segments
 from holdfast.store.local import LocalStore
@@ -54,12 +56,7 @@ def read_until(descriptor: int, wanted: bytes) -> bytes:
     return text
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    """For what other processes do: they cannot be waited for, only looked at."""
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s, "it never came to be"
-        time.sleep(0.01)
+eventually = partial(waiting.eventually, give_up_s=GIVE_UP_S, every_s=0.01)
 
 
 def lives(pid: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -126,3 +127,15 @@ def tree(folder: Path) -> dict[str, object]:
                 status = path.stat()
                 found[relative] = (path.read_bytes(), status.st_mode & 0o777, status.st_mtime_ns)
     return found
+
+
+Begin = Callable[..., Machine]
+
+
+def wipe(folder: Path) -> None:
+    """Another machine: neither the folder nor what lay beside it."""
+    for left in folder.parent.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()

@@ -11,17 +11,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from grounds import Ground, Zygote
+from forking import Zygote
+from grounds import Ground
 from trainer import EPOCHS, SAMPLES
 
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    try:
+    with Zygote(Path(__file__).parent / "trainer.py", "--zygote") as process:
         yield process
-    finally:
-        process.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import waiting
+from forking import Zygote
 from trainer import STEPS
 
 from holdfast.agent.control import ControlSocket
@@ -27,30 +28,7 @@ GIVE_UP_S = 40.0
 """Only ends a broken test."""
 
 
-def eventually(condition: Callable[[], object], what: Callable[[], str] = lambda: "it never came to be") -> None:
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s, what()
-        time.sleep(0.002)
-
-
-class Zygote:
-    """A process that has torch imported and forks trainings."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "trainer.py"), "--zygote"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
+eventually = partial(waiting.eventually, give_up_s=GIVE_UP_S, every_s=0.002)
 
 
 class Ground:
@@ -72,16 +50,12 @@ class Ground:
         page.reset()
         page.close()
         (self.control / "place").unlink(missing_ok=True)
-        request = {
-            "train": {"url": str(self.url), "control": str(self.control), **self.train, **changes},
-            "environ": {ENV_CONTROL: str(self.control), **(environ or {})},
-            "log": str(self.log),
-        }
-        self.pid = int(self.zygote.ask(request)["pid"])
+        arguments = {"url": str(self.url), "control": str(self.control), **self.train, **changes}
+        self.pid = self.zygote.start(arguments, {ENV_CONTROL: str(self.control), **(environ or {})}, self.log)
 
     def wait(self) -> int:
         """Its exit code; negative for a signal."""
-        return int(self.zygote.ask({"wait": self.pid})["status"])
+        return self.zygote.wait(self.pid)
 
     def kill(self) -> int:
         os.kill(self.pid, signal.SIGKILL)

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grounds import Ground, Zygote, eventually
+from forking import Zygote
+from grounds import Ground, eventually
 
 from holdfast.agent.control import ControlSocket
 from holdfast.checkpoint.handover import left_behind

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grounds import Ground, Zygote, eventually
+from forking import Zygote
+from grounds import Ground, eventually
 from trainer import PER_EPOCH
 
 from holdfast.core.contract import EXIT_PREEMPTED

@@ -1,7 +1,6 @@
 """A small training that a notice interrupts at a place of the test's choice, on a store as slow as the test wants.
 
-As a program it takes one JSON object of `train`'s arguments; with `--zygote` it imports torch once and forks a training for each
-line that it reads: {"train": {…}, "environ": {…}, "log": path} → {"pid": n}; {"wait": pid} → {"status": n}.
+As a program it takes one JSON object of `train`'s arguments; with `--zygote` it forks trainings (tests/support/forking.py).
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from forking import serve
 
 import holdfast
 from holdfast.checkpoint import saver
@@ -194,43 +195,8 @@ def tear_copies(here: Place) -> None:
     saver.stage = torn
 
 
-def run_child(request: dict[str, Any]) -> None:
-    """Never returns."""
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        os.environ.update(request["environ"])
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        train(**request["train"])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def main() -> None:
-    if sys.argv[1] != "--zygote":
-        train(**json.loads(sys.argv[1]))
-        return
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                run_child(request)
-            answer = {"pid": pid}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "--zygote":
+        serve(train)
+    else:
+        train(**json.loads(sys.argv[1]))

@@ -6,39 +6,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forking import Zygote
 
 from holdfast.core.contract import ENV_CONTROL, ProgressPage
 
 HERE = Path(__file__).parent
 GIVE_UP_S = 120.0
-
-
-class Zygote:
-    """A warmed process that forks victims."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
 
 
 @dataclass
@@ -82,7 +60,7 @@ class Victim:
 
     def wait(self) -> int:
         """Its exit code; negative for a signal. What is left of its process group goes too."""
-        status = int(self.zygote.ask({"wait": self.pid})["status"])
+        status = self.zygote.wait(self.pid)
         self.signal(signal.SIGKILL)
         self.page.close()
         return status
@@ -107,8 +85,7 @@ class Ground:
         environ = {**self.environ, ENV_CONTROL: str(self.folder), "VICTIM_PLACE": str(self.folder / "place")}
         (self.folder / "place").unlink(missing_ok=True)
         train = {"url": self.url, "result": str(self.result), **self.train, **changes}
-        started = self.zygote.ask({"start": {"train": train, "environ": environ, "log": str(self.log)}})
-        return Victim(self.zygote, int(started["pid"]), page, self.log)
+        return Victim(self.zygote, self.zygote.start(train, environ, self.log), page, self.log)
 
     def finish(self) -> dict[str, Any]:
         """Let an attempt run to its end and read what came out."""
@@ -139,12 +116,3 @@ class Ground:
         killed = victim.wait() == -signal.SIGKILL
         self.kills += killed
         return killed
-
-
-@contextmanager
-def warmed() -> Iterator[Zygote]:
-    zygote = Zygote()
-    try:
-        yield zygote
-    finally:
-        zygote.close()

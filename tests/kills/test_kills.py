@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import victim
-from killing import Ground, Zygote, warmed
+from forking import Zygote
+from killing import HERE, Ground
 
 from holdfast.checkpoint.heads import read_truth
 from holdfast.core.contract import EXIT_FENCED, EXIT_INTERRUPTED, EXIT_PREEMPTED
@@ -24,7 +25,7 @@ KILLS = 100 if LONG else 12
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    with warmed() as process:
+    with Zygote(HERE / "zygote.py") as process:
         yield process
 
 

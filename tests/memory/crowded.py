@@ -38,23 +38,28 @@ class SlowStore(MemoryStore):
 
 
 def tree(pid: int) -> list[int]:
-    """`pid` and all its descendants."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += tree(int(child))
-    return found
+    """`pid` and all its descendants, as far as they can still be seen: threads and processes end while we look."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    children = [child for thread in threads for child in read(Path(f"/proc/{pid}/task/{thread}/children")).split()]
+    return [pid, *(one for child in children for one in tree(int(child)))]
+
+
+def read(path: Path) -> str:
+    """A file of /proc; nothing when what it tells of has ended."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def staging_bytes() -> tuple[int, int]:
     """Proportional and mapped bytes of staging in the process tree."""
     proportional = mapped = 0
     for pid in tree(os.getpid()):
-        try:
-            smaps = Path(f"/proc/{pid}/smaps").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        for area in smaps.split("holdfast-staging")[1:]:
+        for area in read(Path(f"/proc/{pid}/smaps")).split("holdfast-staging")[1:]:
             for line in area.splitlines()[1:30]:
                 if line.startswith("Pss:"):
                     proportional += int(line.split()[1]) * 1024

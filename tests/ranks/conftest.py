@@ -10,13 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from jobs import Zygote
+from forking import Zygote
 
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    try:
+    with Zygote(Path(__file__).parent / "job.py") as process:
         yield process
-    finally:
-        process.close()

@@ -1,8 +1,4 @@
-"""A small training of several ranks that can be killed at any place, and a warmed process that forks its ranks.
-
-torch is imported once; each line that is read is a request: {"rank", "size", "per_machine", "port", "train": {…}, "log": path}
-→ {"pid": n}; {"wait": pid} → {"status": n}.
-"""
+"""A small training of several ranks that can be killed at any place; as a program it forks them (tests/support/forking.py)."""
 
 from __future__ import annotations
 
@@ -12,10 +8,9 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,11 +19,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from forking import serve
+
 import holdfast
 from holdfast.checkpoint import joint, shares
 from holdfast.core.contract import ENV_CONTROL
+from holdfast.core.errors import PermissionDenied
 from holdfast.store.base import Body
 from holdfast.store.local import LocalStore
+from holdfast.train import base as bases
 from holdfast.train.ranks.together import Together
 from holdfast.train.saves import Saves
 
@@ -78,6 +79,10 @@ def block_writes(block: Path) -> None:
     LocalStore.put = put  # type: ignore[method-assign]
 
 
+def refused(*arguments: Any) -> NoReturn:
+    raise PermissionDenied("not for this rank")
+
+
 def note_reads(notes: Path) -> None:
     whole = LocalStore.read_into
 
@@ -111,10 +116,11 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
-def build(kind: str) -> tuple[nn.Module, nn.Module]:
-    """The plain module, and how it is trained."""
+def build(kind: str, *, frozen: bool = False) -> tuple[nn.Module, nn.Module]:
+    """The plain module, and how it is trained. `frozen`: without its first layer."""
     torch.manual_seed(7)
     layers: list[nn.Module] = [nn.Linear(WIDTH, 40), nn.Dropout(0.1), nn.Linear(40, 6), nn.LayerNorm(6)]
+    layers[0].requires_grad_(not frozen)
     if kind == "ddp":
         plain = nn.Sequential(*layers, nn.BatchNorm1d(6), nn.Linear(6, 4))
         return plain, nn.parallel.DistributedDataParallel(plain)
@@ -144,10 +150,16 @@ def train(
     late_s: float = 0.0,
     fresh: bool = False,
     far: bool = False,
+    frozen: bool = False,
+    base: str | None = None,
+    blind: bool = False,
 ) -> None:
     """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
     `control`: the folder of the agent that watches over this rank. Data is not written while there is a file `<url>.block`.
-    `far`: as though the store lay behind a network; the keys that are read are noted in `<url>.reads-<rank>`."""
+    `far`: as though the store lay behind a network; the keys that are read are noted in `<url>.reads-<rank>`.
+    `blind`: this rank may not read the base."""
+    if blind:
+        bases.open_checkpoint = refused
     if control:
         os.environ[ENV_CONTROL] = control
     block_writes(Path(f"{url}.block"))
@@ -156,8 +168,8 @@ def train(
     rank = dist.get_rank()
     if far:
         note_reads(Path(f"{url}.reads-{rank}"))
-    module, model = build(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    module, model = build(kind, frozen=frozen)
+    optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-2)
     inputs = torch.Generator().manual_seed(1)
     data = TensorDataset(
         torch.arange(SAMPLES),
@@ -177,6 +189,7 @@ def train(
         seed=3,
         progress=False,
         fresh=fresh,
+        base=base,
     ) as run:
         run.track(model=model, optimizer=optimizer, record=record)
         for epoch in run.epochs(EPOCHS):
@@ -206,49 +219,14 @@ def train(
     Path(f"{result}.{rank}").write_text(json.dumps(outcome))
 
 
-def run_rank(request: dict[str, Any]) -> None:
-    """Never returns."""
-    code = 1
+def main(**arguments: Any) -> None:
     # Small states are shared out as large ones are.
     shares.LEAST_STRETCH_BYTES = 1
-    try:
-        rank, size = request["rank"], request["size"]
-        os.environ.update({
-            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % request["per_machine"]),
-            "LOCAL_WORLD_SIZE": str(request["per_machine"]),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"]),
-        })  # fmt: skip
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        train(**request["train"])
-        dist.destroy_process_group()
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def main() -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                run_rank(request)
-            answer = {"pid": pid}
-        print(json.dumps(answer), flush=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    train(**arguments)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    serve(main)

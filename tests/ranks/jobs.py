@@ -7,46 +7,17 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from forking import Zygote
+from waiting import eventually
+
 from holdfast.checkpoint.format import CheckpointRef
 from holdfast.checkpoint.heads import read_truth
 from holdfast.store.local import LocalStore
-
-GIVE_UP_S = 60.0
-"""Only ends a broken test."""
-
-
-def eventually(condition: Callable[[], object], what: Callable[[], str] = lambda: "it never came to be") -> None:
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s, what()
-        time.sleep(0.005)
-
-
-class Zygote:
-    """A process that has torch imported and forks ranks."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "job.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
 
 
 def free_port() -> int:
@@ -78,11 +49,11 @@ class Job:
         for rank in range(size):
             train = {"url": str(self.url), "result": str(self.folder / "result"), **self.train, **changes}
             train |= (for_rank or {}).get(rank, {})
-            request = {
-                "rank": rank, "size": size, "per_machine": per_machine or size, "port": port, "train": train,
-                "log": f"{self.log}.{rank}",
+            environ = {
+                "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "LOCAL_RANK": str(rank % (per_machine or size)), "LOCAL_WORLD_SIZE": str(per_machine or size),
             }  # fmt: skip
-            self.pids.append(int(self.zygote.ask(request)["pid"]))
+            self.pids.append(self.zygote.start(train, environ, f"{self.log}.{rank}"))
 
     def signal(self, rank: int, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -104,7 +75,7 @@ class Job:
             for rank in range(len(self.pids)):
                 self.signal(rank, signal.SIGKILL)
             raise
-        return [int(self.zygote.ask({"wait": pid})["status"]) for pid in self.pids]
+        return [self.zygote.wait(pid) for pid in self.pids]
 
     def wait_or_end(self) -> list[int]:
         """As a launcher does it: when one rank has failed, the others are ended."""

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import waiting
 from elastic_job import EPOCHS, GLOBAL_BATCH, SAMPLES
 
 STEPS = EPOCHS * SAMPLES // GLOBAL_BATCH
@@ -22,11 +23,7 @@ _GIVE_UP_S = 240.0
 """Only ends a broken test."""
 
 
-def eventually(condition: Callable[[], object], what: Callable[[], str]) -> None:
-    give_up_s = time.monotonic() + _GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s, what()
-        time.sleep(0.05)
+eventually = partial(waiting.eventually, give_up_s=_GIVE_UP_S, every_s=0.05)
 
 
 class Node:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Job, Zygote, eventually
+from forking import Zygote
+from jobs import Job
+from waiting import eventually
 
 from holdfast.agent.control import ControlSocket
 from holdfast.agent.heir import rescue

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import Zygote
 from job import BATCH, EPOCHS, SAMPLES
-from jobs import Job, Zygote, eventually
+from jobs import Job
+from waiting import eventually
 
 from holdfast.core.contract import EXIT_PREEMPTED
 

@@ -6,9 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from forking import Zygote
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import Job, Zygote
+from jobs import Job
 
 from holdfast.checkpoint.machine_cache import WantedHere, share_fetching
 

@@ -8,8 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from forking import Zygote
 from job import EPOCHS, SAMPLES
-from jobs import Job, Zygote
+from jobs import Job
 
 from holdfast.core.contract import EXIT_PREEMPTED
 

@@ -12,11 +12,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import waiting
 
 __all__ = ["GIVE_UP_S", "Cluster", "eventually", "slurm", "why_not_here"]
 
@@ -72,12 +74,7 @@ def why_not_here() -> str | None:
     return None
 
 
-def eventually(condition: Callable[[], object], what: Callable[[], str] = lambda: "it never came to be") -> None:
-    """For what other processes do: they cannot be waited for, only looked at."""
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s, what()
-        time.sleep(0.1)
+eventually = partial(waiting.eventually, give_up_s=GIVE_UP_S, every_s=0.1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The process that forks victims (tests/kills/zygote.py), whose victims save by way of a disk to a store that is slow."""
+"""The process that forks victims (tests/support/forking.py), whose victims save by way of a disk to a store that is slow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kills"))
+sys.path.append(str(Path(__file__).parents[1] / "kills"))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 import victim
-import zygote
+from forking import serve
 
 import holdfast
 from holdfast.checkpoint import two_tiers
@@ -52,7 +53,5 @@ def train(local: str = "", slow_s: float = 0.0, outlives: bool = False, **rest: 
     _train(**rest)
 
 
-victim.train = train  # type: ignore[assignment]
-
 if __name__ == "__main__":
-    zygote.main()
+    serve(train)

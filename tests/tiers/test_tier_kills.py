@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import victim
-from killing import Ground, Zygote
+from forking import Zygote
+from killing import Ground
 
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.runs.promote_staged import promote_staged
@@ -30,23 +31,10 @@ LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 KILLS = 60 if LONG else 3
 
 
-class _SlowZygote(Zygote):
-    """Its victims know `local` and a slow store."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "slow_zygote.py")], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    process = _SlowZygote()
-    try:
+    with Zygote(Path(__file__).parent / "slow_zygote.py") as process:
         yield process
-    finally:
-        process.close()
 
 
 @pytest.fixture(scope="module")

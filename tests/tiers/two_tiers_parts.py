@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from interleaved import RUN_ID, FakeClock, load_tree, make_state, no_home, same_state
 from parts import request
 
@@ -20,13 +21,16 @@ from holdfast.checkpoint.tier import LocalTier, Staged, Tier, load_staged
 from holdfast.core.events import Event
 from holdfast.core.ids import TokenSource, random_token
 from holdfast.store.base import Body, Entry, Store
+from holdfast.testing.faulty_store import Fault, Operation
 
 __all__ = [
     "Attempt",
     "Gate",
+    "Outage",
     "Told",
     "assert_disk_holds_newest",
     "begin",
+    "by_hand",
     "disk_files",
     "folder_of",
     "newest_in_store",
@@ -219,3 +223,17 @@ class Gate:
 
     def close(self) -> None:
         self.inner.close()
+
+
+class Outage:
+    """A plan: while `on`, nothing is answered."""
+
+    on = False
+
+    def __call__(self, operation: Operation) -> Fault | None:
+        return Fault.UNAVAILABLE_BEFORE if self.on else None
+
+
+def by_hand(store: Store, kind: str, change: Any) -> None:
+    lineage = Lineage(store, RUN_ID, clock=FakeClock(), tokens=random_token)
+    lineage.claim(lambda body: msgspec.structs.replace(change(body), kind=kind))

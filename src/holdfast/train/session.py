@@ -9,22 +9,24 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.handover import Inherited, Legacy
 from holdfast.checkpoint.read import CheckpointReader
+from holdfast.checkpoint.runs.base import Adopted
 from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tier import LocalTier, Tier
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
-from holdfast.core.errors import HoldfastError, UsageError
+from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
 from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
 from holdfast.store.base import Store
-from holdfast.train.base import Base, take_base
+from holdfast.train.base import Base, share_base, take_base, tell_of_no_use
 from holdfast.train.boundary import StepGate
 from holdfast.train.devices import Device, describe_devices, device_changes, this_device
 from holdfast.train.metadata import describe_environment, describe_state, hidden
@@ -121,6 +123,11 @@ class Session:
         elif self._tier is not None:
             self._tier.close()
 
+    def let_go(self) -> None:
+        """Close the stores: the last thing, when the record has been written too."""
+        while self._stores:
+            self._stores.popitem()[1].close()
+
     # ---- opening
 
     def open(self, together: Together | None = None) -> None:
@@ -130,20 +137,16 @@ class Session:
         if together is None:
             claim, self._devices = self._claim(), [this_device()]
         else:
-            self._refuse_for_one_rank(together)
+            self._warn_of_one_rank(together)
             self._sharer = Sharer(together, self._tracker)
             claim, self._devices = claim_together(together, self._claim, this_device())
         self.claim = claim
         if not claim.finished:
             self._tier = self._hold_tier(claim) if together is None else None
             self._saver = self._start_saver(claim)
-            if options.base is not None and claim.lineage is not None:
+            if options.base is not None:
                 # Before the restore, which may hand the lineage over to the saver's threads.
-                self._first_save = take_base(
-                    options.base, self.store, claim.lineage, self._saver, open_home=self.home, tokens=self._tokens,
-                    record=self._record,
-                )  # fmt: skip
-                claim = self.claim = replace(claim, head=claim.lineage.head)
+                claim = self.claim = self._take_base(claim, options.base, self._saver)
         else:
             self._clear_tier(claim)
         with Resuming(
@@ -176,11 +179,27 @@ class Session:
             warn=self._record.warn,
         )
 
-    def _refuse_for_one_rank(self, together: Together) -> None:
-        if self._options.base is not None:
-            raise UsageError("base=… works with one rank only so far; leave it out to train on several")
+    def _warn_of_one_rank(self, together: Together) -> None:
         if self._options.local is not None and together.coordinates:
             self._record.warn("local=… works with one rank only so far: checkpoints go straight to the run's URL")
+
+    def _take_base(self, claim: Claim, base: Base, saver: Saver) -> Claim:
+        """The claim with the head as it is then."""
+        record, lineage = self._record, claim.lineage
+
+        def take() -> Adopted | None:
+            assert lineage is not None
+            return take_base(base, self.store, lineage, saver, open_home=self.home, tokens=self._tokens, record=record)
+
+        if self._together is None:
+            adopted = take()
+        else:
+            adopted = share_base(self._together, take, base, saver.known, open_home=self.home, warn=record.warn)
+        if lineage is None:
+            return claim
+        if adopted is not None:
+            self._first_save = partial(tell_of_no_use, adopted, base, lineage, record)
+        return replace(claim, head=lineage.head)
 
     def _start_saver(self, claim: Claim) -> Saver:
         lineage, head = claim.lineage, claim.head
