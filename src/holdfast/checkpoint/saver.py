@@ -20,11 +20,11 @@ from holdfast.checkpoint.heads import Lineage
 from holdfast.checkpoint.joint import JointCommitter, MemberCommitter
 from holdfast.checkpoint.outcomes import Outcomes, SaveTask, Sent
 from holdfast.checkpoint.phases import Chair, Member
-from holdfast.checkpoint.promote import PROMOTION_BYTES
 from holdfast.checkpoint.request import SaveHandle, SaveRequest, SaveState
 from holdfast.checkpoint.retain import Keep, Roots, StoreOpener
+from holdfast.checkpoint.slot_room import SlotRoom
 from holdfast.checkpoint.snapshot import Layout, Snapshot, lay_out, stage, stream
-from holdfast.checkpoint.staging import Slot, StagingBudget, available_memory_bytes, plan_slots
+from holdfast.checkpoint.staging import Slot, StagingBudget
 from holdfast.checkpoint.threads import DaemonPool
 from holdfast.checkpoint.tier import Staged, Tier
 from holdfast.checkpoint.tree import FlatTree
@@ -118,11 +118,10 @@ class Saver:
                 self._tiers = TwoTiers(tier, committer, told=self._promoted, note=self._outcomes.note)
         self._legacy = legacy
         self._layout: Layout | None = None
-        self._budget: StagingBudget | None = None
-        self._free: list[Slot] = []
-        self._slots: list[Slot] = []
-        self._slots_given_up = threading.Event()
-        self._faulting: threading.Thread | None = None
+        self._room = SlotRoom(
+            cap_bytes=options.staging_cap_bytes, local_ranks=options.local_ranks, promotes=self._tiers is not None,
+            legacy=legacy, outcomes=self._outcomes,
+        )  # fmt: skip
         self._waiting: _Job | None = None
         self._held: _Job | None = None
         self._writing: _Job | None = None
@@ -130,7 +129,7 @@ class Saver:
         self._taken = (-1, 0)
         """The step of the newest snapshot, and how many of that step were taken before it."""
         self._condition = threading.Condition()
-        self._closing = False
+        self._closing = self._given_up = False
         self._thread = threading.Thread(target=self._work, name="holdfast-saver", daemon=True)
         self._thread.start()
         self.stall_s_of_last: float = 0.0
@@ -263,21 +262,28 @@ class Saver:
         self._tiers.adopt(Promotion(staged, task))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish what is queued, then stop the thread and give the memory back. What is not done within `timeout_s` is given up."""
+        """Finish what is queued, then stop the threads and give the memory back. What is not done within `timeout_s` is given up."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()
-        until_s = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
-        self._thread.join(timeout_s)
-        left_s = None if until_s is None else max(0.0, until_s - self._clock.monotonic_s())
-        if self._thread.is_alive() or (self._tiers is not None and not self._tiers.close(left_s)):
+        ending = threading.Thread(target=self._end, name="holdfast-saver-end", daemon=True)
+        ending.start()
+        ending.join(timeout_s)
+        if ending.is_alive():
+            self._given_up = True
             self._hashing.shutdown(wait=False, cancel_futures=True)
             self._sending.shutdown(wait=False, cancel_futures=True)
-            return
+
+    def _end(self) -> None:
+        """Beside whoever closes: what was given up still lets go of disk and memory when its store has answered."""
+        self._thread.join()
+        if self._tiers is not None:
+            self._tiers.close(None)
         self._hashing.shutdown()
         self._sending.shutdown()
         self._newest = self._held = None
-        self._close_slots()
+        # An heir may still need the memory of a save that was given up.
+        self._room.close(inherited=self._given_up)
 
     # ---- snapshots and slots
 
@@ -285,28 +291,6 @@ class Saver:
         """Make room for a state like this one now, so that the first save need not. Pages come in the background."""
         self._layout = lay_out(flat, self._layout)
         self._plan(self._layout)
-
-    def _provide(self, slots: list[Slot]) -> None:
-        """In an order that serves a first save as early as possible. Ends early when the slots are to be closed."""
-        given_up = self._slots_given_up = threading.Event()
-
-        def fault_in() -> None:
-            for slot in slots:
-                slot.fault_in(given_up.is_set)
-
-        self._faulting = threading.Thread(target=fault_in, name="holdfast-staging", daemon=True)
-        self._faulting.start()
-
-    def _close_slots(self) -> None:
-        self._slots_given_up.set()
-        if self._faulting is not None:
-            self._faulting.join()
-        if self._legacy is not None and self._slots:
-            # An heir holds the memory as well: it is free only when both have let go.
-            self._legacy.slots_made([])
-        for slot in self._slots:
-            slot.close()
-        self._slots, self._free = [], []
 
     def _take(self, request: SaveRequest, handle: SaveHandle, *, hold: bool) -> SaveHandle:
         if self._closing:
@@ -329,7 +313,7 @@ class Saver:
                 )  # fmt: skip
         except BaseException as error:
             with self._condition:
-                self._free.append(slot)
+                self._room.free.append(slot)
             handle.finish(
                 SaveState.FAILED, error=SaveError(f"the state of step {request.step} could not be copied: {error}")
             )
@@ -365,44 +349,16 @@ class Saver:
 
     def _plan(self, layout: Layout) -> StagingBudget:
         """Room for this layout. States grow once (optimizers make theirs at the first step); slots too small are made anew."""
-        budget = self._budget
-        if budget is not None and layout.total_bytes <= budget.slot_bytes:
-            return budget
-        self._drain_snapshots()
-        with self._condition:
-            for job in (self._held, self._waiting):
-                if job is not None:
-                    self._give_back(job)
-            self._held = self._waiting = self._newest = None
-            self._close_slots()
-        budget = plan_slots(
-            layout.total_bytes,
-            cap_bytes=self._staging_cap_bytes(layout),
-            available_bytes=available_memory_bytes(),
-            local_ranks=self._options.local_ranks,
-        )
-        self._slots = [Slot(budget.slot_bytes) for _ in range(budget.slots)]
-        self._free = list(self._slots)
-        self._budget = budget
-        if self._legacy is not None:
-            self._legacy.slots_made(self._slots)
-        self._provide(self._slots)
-        self._outcomes.emit(
-            "staging.planned", slots=budget.slots, slot_bytes=budget.slot_bytes, cap_bytes=budget.cap_bytes
-        )
-        if budget.slots == 0:
-            self._outcomes.note(
-                f"one snapshot ({layout.total_bytes} bytes) does not fit under the staging cap ({budget.cap_bytes} bytes): "
-                "saves now stop the loop until they are durable. Raise staging_cap or give the machine more memory"
-            )
-        return budget
-
-    def _staging_cap_bytes(self, layout: Layout) -> int | None:
-        """What promotions need is part of the cap: two objects at once, or the whole state where that is less."""
-        cap_bytes = self._options.staging_cap_bytes
-        if cap_bytes is None or self._tiers is None:
-            return cap_bytes
-        return max(0, cap_bytes - min(PROMOTION_BYTES, layout.total_bytes))
+        if not self._room.fits(layout):
+            self._drain_snapshots()
+            with self._condition:
+                for job in (self._held, self._waiting):
+                    if job is not None:
+                        self._give_back(job)
+                self._held = self._waiting = self._newest = None
+                self._room.close()
+            self._room.make(layout)
+        return self._room.budget
 
     def _slot_for(self, handle: SaveHandle) -> Slot:
         """A free slot, or the one of a snapshot that still waits and is now history. With one slot, wait for the writer."""
@@ -410,21 +366,21 @@ class Saver:
             if self._held is not None:
                 self._give_back(self._held)
                 self._held = None
-            if not self._free and self._waiting is not None:
+            if not self._room.free and self._waiting is not None:
                 self._waiting.task.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
-            self._condition.wait_for(lambda: bool(self._free))
+            self._condition.wait_for(lambda: bool(self._room.free))
             if self._waiting is not None:
                 self._waiting.task.handle.supersede(handle)
                 self._give_back(self._waiting)
                 self._waiting = None
-            return self._free.pop()
+            return self._room.free.pop()
 
     def _give_back(self, job: _Job) -> None:
-        if job.snapshot.slot is not None and job.snapshot.slot in self._slots:
+        if job.snapshot.slot is not None and job.snapshot.slot in self._room.slots:
             job.snapshot.complete()
-            self._free.append(job.snapshot.slot)
+            self._room.free.append(job.snapshot.slot)
         self._condition.notify_all()
 
     def _stream(self, request: SaveRequest, layout: Layout, handle: SaveHandle, started_s: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,9 @@ class Slot:
             os.close(self._descriptor)
             raise
         self._mapping.madvise(mmap.MADV_DONTFORK)
+        # A saver that is given up while its store hangs never closes its slots: they go when its thread has ended.
+        self._let_go = weakref.finalize(self, os.close, self._descriptor)
+        self._let_go.atexit = False
         self.memory = memoryview(self._mapping)
         self.layout: object = None
         self.targets: list[Any] = []
@@ -190,4 +194,4 @@ class Slot:
             self._mapping.close()
         except BufferError:
             pass
-        os.close(self._descriptor)
+        self._let_go()

@@ -20,10 +20,12 @@ _Task = tuple[Future[Any], Callable[[], Any]]
 
 
 class DaemonPool(Executor):
-    """An executor of a fixed number of daemon threads. Thread-safe."""
+    """An executor of a fixed number of daemon threads. Thread-safe. What is submitted after `shutdown` raises RuntimeError."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended = False
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -32,14 +34,21 @@ class DaemonPool(Executor):
         self, fn: Callable[_Arguments, _Result], /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> Future[_Result]:
         future: Future[_Result] = Future()
-        self._tasks.put((future, lambda: fn(*args, **kwargs)))
+        # Invariant: no task stands behind the words that end the threads; whoever waited for it would wait for ever.
+        with self._lock:
+            if self._ended:
+                raise RuntimeError("this saver is closed, or was given up while its store did not answer")
+            self._tasks.put((future, lambda: fn(*args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        if cancel_futures:
-            self._cancel_waiting()
-        for _ in self._threads:
-            self._tasks.put(None)
+        with self._lock:
+            if cancel_futures:
+                self._cancel_waiting()
+            if not self._ended:
+                self._ended = True
+                for _ in self._threads:
+                    self._tasks.put(None)
         if wait:
             for thread in self._threads:
                 thread.join()
@@ -50,9 +59,12 @@ class DaemonPool(Executor):
                 task = self._tasks.get_nowait()
             except Empty:
                 return
-            if task is not None:
-                task[0].cancel()
-                task[0].set_running_or_notify_cancel()
+            if task is None:
+                # Shut down before, without cancelling: the threads still need this word.
+                self._ended = False
+                continue
+            task[0].cancel()
+            task[0].set_running_or_notify_cancel()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

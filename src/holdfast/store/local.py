@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class LocalStore:
         # Folder path below the root → a descriptor of it. While it is open, its inode number cannot be given to another
         # folder, so that equal numbers mean: the very folder whose name was made durable.
         self._durable: OrderedDict[str, int] = OrderedDict()
+        # A process that drops its stores unclosed, trial after trial, would run out of descriptors.
+        weakref.finalize(self, _close_all, self._durable).atexit = False
 
     @property
     def url(self) -> str:
@@ -124,8 +127,7 @@ class LocalStore:
 
     def close(self) -> None:
         with self._lock:
-            while self._durable:
-                os.close(self._durable.popitem()[1])
+            _close_all(self._durable)
 
     # Reading
 
@@ -329,6 +331,11 @@ class LocalStore:
                     os.rmdir(parts[depth - 1], dir_fd=parent)
             except (OSError, posix.NotPlain):
                 return
+
+
+def _close_all(descriptors: OrderedDict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _make_folder(name: str, parent: int) -> int:

@@ -370,6 +370,7 @@ class Run(Batching):
         self._closed = True
         _open_runs.discard(self)
         with ExitStack() as ending:
+            ending.callback(self._session.let_go)
             ending.callback(self._signals.remove)
             ending.callback(self._hearing.close)
             ending.callback(self._emergency.close)
