@@ -1,4 +1,4 @@
-"""A training whose ranks come and go, under torchrun: `elastic_job.py FOLDER PACE_S`. Writes down what it does, and when.
+"""A training whose ranks come and go, under torchrun: `elastic_job.py FOLDER PACE_S PACE_ALONE_S`. It notes what it does, and when.
 
 FOLDER/trace-<node>-<pid>: one JSON object a line, {"what", "unix_s", …}; `round` is the same on all ranks of one start.
 """
@@ -26,8 +26,8 @@ def main() -> None:
 
     from holdfast import Run
 
-    folder, pace_s = Path(sys.argv[1]), float(sys.argv[2])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder, pace_s = Path(sys.argv[1]), float(sys.argv[2 if size > 1 else 3])
     its_round = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     trace = open(folder / f"trace-{os.environ['ELASTIC_NODE']}-{os.getpid()}", "a", buffering=1)  # noqa: SIM115
 

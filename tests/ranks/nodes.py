@@ -41,6 +41,7 @@ class Node:
             "--max-restarts=100", f"--local-addr={self.address}", "--rdzv-backend=holdfast",
             "--rdzv-id=job", f"--rdzv-conf={self.cluster.conf}",
             str(_SCRIPT), str(self.cluster.folder), str(self.cluster.pace_s),
+            str(self.cluster.pace_alone_s or self.cluster.pace_s),
         ]  # fmt: skip
         environment = {
             **os.environ, **self.cluster.environment, _MARK: self.mark, "OMP_NUM_THREADS": "1",
@@ -105,11 +106,14 @@ class Cluster:
         folder: Path,
         *,
         pace_s: float = 0.05,
+        pace_alone_s: float | None = None,
         url: str = "",
         environment: Mapping[str, str] | None = None,
         conf: str = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2,regroup_timeout=1",
     ) -> None:
         self.folder, self.pace_s, self.conf = folder, pace_s, conf
+        self.pace_alone_s = pace_alone_s
+        """So slow that the others are back before the end; None: as `pace_s`."""
         self.url, self.environment = url or str(folder / "run"), environment or {}
         self.nodes: dict[str, Node] = {}
 

@@ -31,6 +31,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def test_the_rendezvous_host_dies_and_comes_back(cluster: Cluster) -> None:
     """Two nodes. That with rank 0, whose agent the others talk through, is gone at once; the other goes on, and then both."""
+    cluster.pace_alone_s = 1.0
     for name in "ab":
         cluster.node(name).start()
     before = cluster.until_running(2)
