@@ -214,13 +214,38 @@ def test_observations_add_up_in_any_order(seen: list[tuple[int, float]]) -> None
     assert one.observed(1, 0).mean_per_s > one.mean_per_s > one.observed(0, 60).mean_per_s
 
 
+@given(st.integers(0, 50), st.integers(0, 50), st.floats(0, 1e6), st.floats(0.1, 9), st.floats(0, 1))
+def test_noticed_preemptions_leave_the_rate_of_the_others(
+    noticed: int, others: int, exposure_s: float, events: float, share: float
+) -> None:
+    """As if two independent processes were observed: the prior's events and its exposure are shared out between them."""
+    prior = PreemptionRate(prior_events=events, prior_noticed=events * share)
+    rate = prior.observed(noticed, exposure_s / 2, noticed).observed(others, exposure_s / 2)
+    assert 0 <= rate.notice_share <= 1
+    expected = (events * (1 - share) + others) / (events * 7200 + exposure_s)
+    assert rate.mean_per_s * (1 - rate.notice_share) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rates_that_make_no_sense_are_refused() -> None:
+    for nonsense in (
+        {"preemptions": 1, "noticed": 2},
+        {"noticed": -1},
+        {"prior_noticed": 1.5},
+        {"exposure_s": math.inf},
+    ):
+        with pytest.raises(UsageError):
+            PreemptionRate(**nonsense)
+    with pytest.raises(UsageError):
+        PreemptionRate().observed(0, 0, 1)
+
+
 contexts = st.builds(
     AutoContext,
     save_cost_s=st.floats(0, 1e4),
     commit_s=st.floats(0, 1e4),
     rate=st.builds(PreemptionRate, st.integers(0, 1000), st.floats(0, 1e7)),
     notice_share=st.floats(0, 1),
-    max_lost_work_s=st.floats(0.1, 1e5),
+    max_lost_work_s=st.none() | st.floats(0.1, 1e5),
     min_interval_s=st.floats(0, 600),
     max_save_share=st.floats(0.01, 1),
 )
@@ -234,7 +259,10 @@ def test_the_automatic_interval_keeps_its_bounds_in_their_order(context: AutoCon
     assert math.isfinite(interval_s)
     assert interval_s >= context.commit_s
     worst_loss_s = interval_s + context.commit_s
-    kept = worst_loss_s <= context.max_lost_work_s * (1 + 1e-9)
+    # Nobody has set a bound: the default, or as much as makes saves take 1 % of the time.
+    unasked_s = max(600, 99 * context.save_cost_s + context.commit_s)
+    bound_s = unasked_s if context.max_lost_work_s is None else context.max_lost_work_s
+    kept = worst_loss_s <= bound_s * (1 + 1e-9)
     assert kept or interval_s == context.commit_s
     assert kept != any("cannot be kept" in reason for reason in decision.reasons)
     save_share = context.save_cost_s / (interval_s + context.save_cost_s) if interval_s else 0
@@ -251,6 +279,21 @@ def test_the_automatic_interval_in_a_quiet_case_is_the_optimum() -> None:
     assert noticed.interval_s == exact_s(2, 4 * 7200)
     always_noticed = auto_interval(AutoContext(save_cost_s=2, commit_s=5, notice_share=1))
     assert always_noticed.interval_s == 600 - 5
+
+
+def test_a_bound_that_nobody_asked_for_gives_way_where_it_would_be_dear() -> None:
+    """Saves of two minutes on machines that live for ten hours: every ten minutes they would take a sixth of the time."""
+    rate = PreemptionRate(prior_mean_s=36000)
+    assert auto_interval(AutoContext(save_cost_s=120, rate=rate)).interval_s == exact_s(120, 36000)
+    asked = auto_interval(AutoContext(save_cost_s=120, rate=rate, max_lost_work_s=600))
+    assert asked.interval_s == 600
+    assert "loses at most 10 min" in asked.reasons[-1]
+    # Where saves are cheap it stands.
+    assert auto_interval(AutoContext(save_cost_s=1, rate=PreemptionRate(prior_mean_s=1e7))).interval_s == 600
+    # Where machines live for a few saves only, the optimum stands, too.
+    assert auto_interval(AutoContext(save_cost_s=30, rate=PreemptionRate(prior_mean_s=300))).interval_s == exact_s(
+        30, 300
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 how often capacity is taken away) into an interval, now and then. `due` is asked after every step and only compares
 numbers.
 
-The formulas live in `formulas.py`, and are offered here too.
+The formulas live in `formulas.py`, what is known about preemptions in `preemptions.py`; both are offered here too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from holdfast.policy.formulas import (
     with_notice_s,
     young_s,
 )
+from holdfast.policy.preemptions import PreemptionRate
 
 __all__ = [
     "DEFAULT_MAX_LOST_WORK_S",
@@ -57,6 +58,8 @@ __all__ = [
 ]
 
 DEFAULT_MAX_LOST_WORK_S = 600.0
+_SHARE_FOR_DEFAULT = 0.01
+"""What keeping to the default may cost. A user's own bound is kept at any price; one that nobody asked for is not worth more."""
 
 
 class LoopState(NamedTuple):
@@ -238,49 +241,6 @@ def max_lost_work_s(bound: LostTime | LostShare, expected_runtime_s: float | Non
     return bound.share * expected_runtime_s
 
 
-# How often capacity is taken away.
-
-
-@dataclass(frozen=True, slots=True)
-class PreemptionRate:
-    """What is known about how often preemptions come, from a prior and from what was seen.
-
-    Preemptions are taken as a Poisson process whose unknown rate has a gamma distribution: before anything is seen it
-    weighs as much as `prior_events` preemptions seen `prior_mean_s` apart (by default one in two hours, a middling
-    spot pool). Each preemption adds one event, each second of spot capacity adds exposure, and the posterior mean
-    rate is simply (prior events + events) / (prior exposure + exposure). So a run that has just started is neither
-    careless nor panicked by its first preemption, and after a day or two the prior no longer matters. Observations
-    add up in any order, so that the runs of one pool can share theirs.
-    """
-
-    preemptions: int = 0
-    exposure_s: float = 0.0
-    prior_mean_s: float = 7200.0
-    prior_events: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.preemptions < 0 or not (self.exposure_s >= 0 and math.isfinite(self.exposure_s)):
-            raise UsageError(f"not an observation: {self.preemptions} preemptions in {self.exposure_s} s")
-        if not (0 < self.prior_mean_s < math.inf and 0 < self.prior_events < math.inf):
-            raise UsageError(f"not a prior: {self.prior_events} preemptions, {self.prior_mean_s} s apart")
-
-    def observed(self, preemptions: int, exposure_s: float) -> PreemptionRate:
-        """What is known after `preemptions` more were seen during `exposure_s` more seconds on spot capacity."""
-        return PreemptionRate(
-            self.preemptions + preemptions, self.exposure_s + exposure_s, self.prior_mean_s, self.prior_events
-        )
-
-    @property
-    def mean_per_s(self) -> float:
-        """Posterior mean of the rate."""
-        return (self.prior_events + self.preemptions) / (self.prior_events * self.prior_mean_s + self.exposure_s)
-
-    @property
-    def mean_between_s(self) -> float:
-        """Seconds between preemptions at that rate."""
-        return 1 / self.mean_per_s
-
-
 # The automatic interval.
 
 
@@ -295,19 +255,21 @@ class AutoContext:
     rate: PreemptionRate = field(default_factory=PreemptionRate)
     notice_share: float = 0.0
     """Share of the preemptions that come with a notice in which a save commits: those lose next to nothing."""
-    max_lost_work_s: float = DEFAULT_MAX_LOST_WORK_S
-    """The most work that one preemption without a notice may cost."""
+    max_lost_work_s: float | None = None
+    """The most work that one preemption without a notice may cost. None: nobody has said, so the default counts as far as it
+    costs next to nothing."""
     min_interval_s: float = 10.0
     """Shorter intervals gain nothing worth their store requests."""
-    max_save_share: float = 0.1
-    """The most of the loop's time that saves may take, so that a burst of preemptions does not make it do little
-    else.
+    max_save_share: float = 0.25
+    """The most of the loop's time that saves may take, whatever the rate is thought to be. The optimum comes near that only where
+    machines live for less than about five times what a save costs.
     """
 
     def __post_init__(self) -> None:
         check_cost_and_mtbf(self.save_cost_s, self.rate.mean_between_s)
         check_share(self.notice_share)
-        LostTime(self.max_lost_work_s)
+        if self.max_lost_work_s is not None:
+            LostTime(self.max_lost_work_s)
         if not (0 <= self.commit_s < math.inf and 0 <= self.min_interval_s < math.inf):
             raise UsageError(
                 f"commit_s ({self.commit_s}) and min_interval_s ({self.min_interval_s}) must be zero or more seconds"
@@ -328,12 +290,11 @@ def auto_interval(context: AutoContext) -> IntervalDecision:
     """The interval that costs least in expectation, within bounds; a later bound outranks an earlier one.
 
     1. The optimum for the preemptions that come without a usable notice.
-    2. Not shorter than `min_interval_s`, and not so short that saves take more than `max_save_share` of the loop's
-    time. 3. Not longer than `max_lost_work_s` less `commit_s`: a preemption just before a commit loses everything
-    since the
-       snapshot before, one interval and one commit ago.
-    4. Not shorter than `commit_s`: snapshots that come faster than the store takes them only replace each other. This
-    is physics,
+    2. Not shorter than `min_interval_s`, and not so short that saves take more than `max_save_share` of the loop's time.
+    3. Not longer than `max_lost_work_s` less `commit_s`: a preemption just before a commit loses everything since the snapshot
+       before, one interval and one commit ago. Where nobody has set that bound, the default gives way before it makes saves take
+       more than 1 % of the time.
+    4. Not shorter than `commit_s`: snapshots that come faster than the store takes them only replace each other. This is physics,
        so it outranks the user's bound on lost work; the reasons say so when they collide.
     """
     interval_s, why = _optimum(context)
@@ -341,13 +302,16 @@ def auto_interval(context: AutoContext) -> IntervalDecision:
     cost_s, share = context.save_cost_s, context.max_save_share
     for floor_s, reason in (
         (context.min_interval_s, f"no shorter than {format_duration(context.min_interval_s)}"),
-        (cost_s * (1 - share) / share, f"no shorter, so that saves take at most {share:.3g} of the time"),
+        (_interval_for(cost_s, share), f"no shorter, so that saves take at most {share:.3g} of the time"),
     ):
         if interval_s < floor_s:
             interval_s = floor_s
             reasons.append(reason)
-    limit = format_duration(context.max_lost_work_s)
-    longest_s = context.max_lost_work_s - context.commit_s
+    bound_s = context.max_lost_work_s
+    if bound_s is None:
+        bound_s = max(DEFAULT_MAX_LOST_WORK_S, _interval_for(cost_s, _SHARE_FOR_DEFAULT) + context.commit_s)
+    limit = format_duration(bound_s)
+    longest_s = bound_s - context.commit_s
     if interval_s > longest_s:
         interval_s = longest_s
         reasons.append(f"no longer, so that a preemption loses at most {limit}, a commit in flight included")
@@ -358,6 +322,11 @@ def auto_interval(context: AutoContext) -> IntervalDecision:
             worst = format_duration(2 * context.commit_s)
             reasons.append(f"lost work cannot be kept below {limit} with this store: up to {worst} may be lost")
     return IntervalDecision(interval_s, tuple(reasons))
+
+
+def _interval_for(cost_s: float, share: float) -> float:
+    """At which saves take that share of the time."""
+    return cost_s * (1 - share) / share
 
 
 def _optimum(context: AutoContext) -> tuple[float, str]:

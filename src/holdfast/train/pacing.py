@@ -34,7 +34,9 @@ _FEW = 3
 class CostMeter:
     """What one save costs the loop: the stall, plus how much slower steps are while it is being written."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_s: float | None = None) -> None:
+        """`before_s`: what an attempt before has measured."""
+        self._before_s = before_s
         self._stalls_s: deque[float] = deque(maxlen=9)
         self._steps_s: deque[float] = deque(maxlen=32)
         self._quiet_s, self._quiet_steps = 0.0, 0
@@ -63,8 +65,13 @@ class CostMeter:
 
     @property
     def cost_s(self) -> float:
+        return self.measured_s or self._before_s or _FIRST_GUESS_S
+
+    @property
+    def measured_s(self) -> float | None:
+        """By this attempt; None before its first save."""
         if not self._stalls_s:
-            return _FIRST_GUESS_S
+            return None
         slowdown_s = 0.0
         if self._busy_steps and self._quiet_steps:
             slowdown_s = self._busy_s - self._busy_steps * self._quiet_s / self._quiet_steps
@@ -75,13 +82,20 @@ class Pacing:
     """Decides at step boundaries. Owned by the loop's thread."""
 
     def __init__(
-        self, triggers: Sequence[Trigger], bound: LostTime | LostShare, rate: PreemptionRate, clock: Clock
+        self,
+        triggers: Sequence[Trigger],
+        bound: LostTime | LostShare | None,
+        rate: PreemptionRate,
+        clock: Clock,
+        *,
+        save_cost_s: float | None = None,
     ) -> None:
+        """`rate`, `save_cost_s`: what the attempts before have seen. `bound`: None where nobody has set one."""
         self._everywhere = tuple(trigger for trigger in triggers if isinstance(trigger, EverySteps | EveryEpoch))
         self._here = tuple(trigger for trigger in triggers if trigger not in self._everywhere)
         self._bound, self._rate, self._clock = bound, rate, clock
         self._is_auto = any(isinstance(trigger, Auto) for trigger in triggers)
-        self.meter = CostMeter()
+        self.meter = CostMeter(save_cost_s)
         self._saved_step = self._started_step = 0
         self._saved_s = self._boundary_s = self._started_s = clock.monotonic_s()
         self.decision = IntervalDecision(float("inf"), ())
@@ -95,9 +109,16 @@ class Pacing:
     def decide(self, commit_s: float, expected_runtime_s: float | None) -> None:
         """Choose the automatic interval anew from what has been measured."""
         if self._is_auto:
-            bound_s = max_lost_work_s(self._bound, expected_runtime_s)
+            bound_s = None if self._bound is None else max_lost_work_s(self._bound, expected_runtime_s)
+            rate = self._rate.observed(0, self.elapsed_s)
             self.decision = auto_interval(
-                AutoContext(save_cost_s=self.meter.cost_s, commit_s=commit_s, rate=self._rate, max_lost_work_s=bound_s)
+                AutoContext(
+                    save_cost_s=self.meter.cost_s,
+                    commit_s=commit_s,
+                    rate=rate,
+                    notice_share=rate.notice_share,
+                    max_lost_work_s=bound_s,
+                )
             )
 
     def follow(self) -> None:

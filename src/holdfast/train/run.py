@@ -67,6 +67,7 @@ class Run(Batching):
     keep: how many of the newest checkpoints stay; None keeps all. `Keep(last=3, every="6 h", best="validation_loss")` also
         keeps one per so much time, and the best by a logged metric.
     max_lost_work: with `"auto"`, the most work that one preemption may cost: a time, or a share of the expected runtime (`"2 %"`).
+        Kept at any price. By default ten minutes, as far as saves take no more than 1 % of the time for it.
     max_unsaved: how many saves in a row may fail with a warning; one more raises TooManyUnsaved.
     commit_timeout: with several ranks, how long one save waits for the slowest before it fails.
     local: a folder on a fast disk of this machine, or a `LocalTier`: checkpoints are written there first, which is quick, go on to
@@ -97,7 +98,7 @@ class Run(Batching):
         base: str | os.PathLike[str] | None = None,
         save_every: SaveEvery = "auto",
         keep: int | Keep | None = 3,
-        max_lost_work: Duration = "10 min",
+        max_lost_work: Duration | None = None,
         max_unsaved: int = 3,
         commit_timeout: Duration = "10 min",
         local: str | os.PathLike[str] | LocalTier | None = None,
@@ -143,7 +144,7 @@ class Run(Batching):
                 extend=extend,
                 strict=strict,
                 triggers=parse_save_every(save_every),
-                bound=parse_max_lost_work(max_lost_work),
+                bound=None if max_lost_work is None else parse_max_lost_work(max_lost_work),
                 saver=saver_options,
                 base=None if base is None else choose_base(os.fspath(base), self._url),
                 local=local if local is None or isinstance(local, LocalTier) else LocalTier(local),

@@ -25,7 +25,11 @@ from holdfast.train.ranks.together import Together
 from holdfast.train.ranks.words import Wish
 from holdfast.train.record import Record
 
-__all__ = ["Capture", "Saves"]
+__all__ = ["LAST_SAVES", "Capture", "Saves"]
+
+_LEAVING, _LEAVING_AGAIN, _BETWEEN_LOOPS = "leaving", "leaving, second try", "interrupted between loops"
+LAST_SAVES = frozenset({_LEAVING, _LEAVING_AGAIN, _BETWEEN_LOOPS})
+"""Reasons of saves after which an attempt ends with nothing lost."""
 
 _DEFERRAL_WARNING = 500
 """Steps for which a save may wait before the user is told: longer than accumulations are."""
@@ -179,7 +183,7 @@ class Saves:
         if is_new and self.may_copy():
             self._record.progress(snapshot=True)
             with self._record.stopwatch.during(Doing.STALL):
-                self._saver.hold(self._capture("interrupted between loops", False))
+                self._saver.hold(self._capture(_BETWEEN_LOOPS, False))
 
     def drop_held(self) -> None:
         self._saver.drop_held()
@@ -248,11 +252,11 @@ class Saves:
     def leave_with_live(self, within_s: float) -> bool:
         """Save what is new and wait for it; a save that fails is tried once more. False when something is lost."""
         if self._has_unsaved() or self._asked is not None:
-            self.save("leaving")
+            self.save(_LEAVING)
         durable = self._settle(within_s)
         if not durable and self._last_failed():
             try:
-                self.save("leaving, second try")
+                self.save(_LEAVING_AGAIN)
             except SaveError as error:
                 self._record.warn(str(error))
                 return False

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -24,11 +25,12 @@ from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
 from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
-from holdfast.policy.interval import LostShare, LostTime, PreemptionRate, Trigger
+from holdfast.policy.interval import LostShare, LostTime, Trigger
 from holdfast.store.base import Store
 from holdfast.train.base import Base, share_base, take_base, tell_of_no_use
 from holdfast.train.boundary import StepGate
 from holdfast.train.devices import Device, describe_devices, device_changes, this_device
+from holdfast.train.history import History
 from holdfast.train.metadata import describe_environment, describe_state, hidden
 from holdfast.train.opening import Claim, identity_digest, open_run, wants_fresh
 from holdfast.train.pacing import Pacing
@@ -39,7 +41,7 @@ from holdfast.train.ranks.together import Together
 from holdfast.train.record import Record
 from holdfast.train.restoring import Loaded
 from holdfast.train.resuming import Resuming
-from holdfast.train.saves import Saves
+from holdfast.train.saves import LAST_SAVES, Saves
 from holdfast.train.settings import Settings
 from holdfast.train.tracked import Tracker
 
@@ -59,7 +61,7 @@ class SessionOptions:
     extend: bool
     strict: bool
     triggers: tuple[Trigger, ...]
-    bound: LostTime | LostShare
+    bound: LostTime | LostShare | None
     saver: SaverOptions
     base: Base | None = None
     local: LocalTier | None = None
@@ -96,8 +98,8 @@ class Session:
         self._is_imported = False
         self._together: Together | None = None
         self._sharer: Sharer | None = None
-        self._starts = 1
-        """How many starts of a trainer led here, this one included. Claims count those of commands too, so they say nothing."""
+        self._history = History()
+        self._pacing: Pacing | None = None
         self.gate = StepGate({}, lambda: None)
         self.saves: Saves | None = None
 
@@ -254,18 +256,14 @@ class Session:
 
     def _start_saves(self, saver: Saver, claim: Claim) -> Saves:
         self.gate = StepGate(self._tracker.optimizers(), saver.release)
-        pacing = Pacing(self._options.triggers, self._options.bound, self._rate(claim), self._clock)
+        history = self._history
+        pacing = self._pacing = Pacing(
+            self._options.triggers, self._options.bound, history.rate, self._clock, save_cost_s=history.save_cost_s
+        )
         pacing.begin(self._place.step)
         if self._together is not None and not self._together.coordinates:
             pacing.follow()
         return Saves(saver, self.gate, pacing, self._place, self.capture, self._record, self._together)
-
-    def _rate(self, claim: Claim) -> PreemptionRate:
-        """What this run itself has seen: every start but this one ended before its time."""
-        if claim.record.created_unix_s == 0:
-            return PreemptionRate()
-        exposure_s = max(0.0, self._clock.unix_s() - claim.record.created_unix_s)
-        return PreemptionRate().observed(self._starts - 1, exposure_s)
 
     def _adopted(self, claim: Claim, found: tuple[CheckpointReader, Loaded] | None) -> CheckpointReader | None:
         """What was read into the tracked objects is where the run is now."""
@@ -280,10 +278,7 @@ class Session:
         if asked is not None and asked != place.seed:
             self._record.warn(f"seed={asked} is ignored: this run's data order was begun with seed {place.seed}")
         self._is_imported = loaded.imported
-        run_id, starts = reader.root.metadata.get("starts") or (None, 0)
-        # A fork has been started by nobody yet.
-        if run_id == claim.record.run_id:
-            self._starts += int(starts)
+        self._history = History.after(reader.root.metadata, claim.record.run_id)
         if loaded.imported:
             rest = f"; {', '.join(loaded.untouched)} as the script made them" if loaded.untouched else ""
             self._record.say(f"{self._options.url}: begins with imported weights{rest}")
@@ -340,7 +335,7 @@ class Session:
             "batch_size": place.batch_size,
             "seed": place.seed,
             "world_size": len(ranks),
-            "starts": [self.claim.record.run_id if self.claim is not None else None, self._starts],
+            **self._told_history(leaves=reason in LAST_SAVES, finishes=finish),
             "config": hidden(self._settings.config),
             "script_hyperparameters": self._settings.script,
             "environment": self._settings.environment,
@@ -358,6 +353,11 @@ class Session:
             finish=finish,
             ranks=ranks,
         )
+
+    def _told_history(self, *, leaves: bool, finishes: bool) -> dict[str, Any]:
+        run_id, pacing = None if self.claim is None else self.claim.record.run_id, self._pacing
+        elapsed_s, cost_s = (0.0, None) if pacing is None else (pacing.elapsed_s, pacing.meter.measured_s)
+        return self._history.written(run_id, elapsed_s, cost_s, leaves=leaves, finishes=finishes)
 
     def _deferrable(self) -> Callable[[Leaf], bool] | None:
         """On CUDA, parameters and their state are written by optimizers only: their copy may overlap forward and backward."""
