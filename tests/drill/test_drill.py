@@ -123,7 +123,9 @@ def test_what_cannot_be_drilled(tmp_path: Path, fault: str, named: tuple[str, ..
 
 RANDOM = [
     pytest.param("unseeded", ("not deterministic", "torch.manual_seed"), id="torch"),
-    pytest.param("unseeded python", ("not deterministic", "random.seed"), id="python", marks=pytest.mark.long),
+    pytest.param(
+        "unseeded python", ("not deterministic", "python's global generator"), id="python", marks=pytest.mark.long
+    ),
     pytest.param("unseeded own generator", ("a generator of the script's own",), id="own", marks=pytest.mark.long),
 ]
 

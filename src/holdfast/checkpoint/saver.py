@@ -262,7 +262,7 @@ class Saver:
         self._tiers.adopt(Promotion(staged, task))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish what is queued, then stop the threads and give the memory back. What is not done within `timeout_s` is given up."""
+        """Finish what is queued, then stop the threads and give the memory back. What is not done in `timeout_s` is given up."""
         with self._condition:
             self._closing = True
             self._condition.notify_all()

@@ -24,7 +24,7 @@ from holdfast.drill.attempt import Course, Crew, Stuck
 from holdfast.drill.judge import Evidence, Yardstick, judge, why_not_deterministic
 from holdfast.drill.report import DrillReport, Status, Verdict
 from holdfast.drill.scenarios import SCENARIOS, Baseline, Record, Skipped
-from holdfast.drill.state import GENERATORS, Difference, FinalState, compare, newest_state
+from holdfast.drill.state import GENERATORS, Difference, FinalState, compare, drawn_from, newest_state
 from holdfast.drill.story import Story, differing_figures, story_of
 from holdfast.ledger.read import read_events
 from holdfast.policy.restart import describe_exit
@@ -253,7 +253,7 @@ class _Drill:
         accepted = options.tolerance is not None and all(
             item.spread <= options.tolerance for item in differences if item.name in measured
         )
-        why = why_not_deterministic(differences, change)
+        why = why_not_deterministic(differences, change, drawn_from(second.state))
         verdict = Verdict(
             scenario="reference", status=Status.PASSED if accepted else Status.FAILED, same_state=False, took_s=took_s,
             faults=() if accepted else (f"the script is not deterministic: {why}",),

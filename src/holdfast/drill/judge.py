@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from holdfast.core.contract import EXIT_DONE, EXIT_FENCED, EXIT_PREEMPTED
@@ -196,8 +196,10 @@ def _steps(count: int, noun: str = "step") -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def why_not_deterministic(differences: Sequence[Difference], change: FigureChange | None) -> str:
-    """Two uninterrupted runs of one script have differed: what is most likely behind it."""
+def why_not_deterministic(
+    differences: Sequence[Difference], change: FigureChange | None, drawn: Collection[str]
+) -> str:
+    """Two uninterrupted runs of one script have differed: what is most likely behind it. `drawn`: global generators in use."""
     names = {difference.name for difference in differences}
     tracked = [item for item in differences if not item.name.startswith((GENERATORS, "seed", "position"))]
     said = f"two uninterrupted runs differ: {_names(tracked or differences)}"
@@ -205,9 +207,9 @@ def why_not_deterministic(differences: Sequence[Difference], change: FigureChang
         said += f"; first, {change.name} of step {change.step} is {change.now:.9g} and {change.before:.9g}"
     if "seed" in names:
         cause = "They had different seeds: call torch.manual_seed(…) before the model is made"
-    elif any(name.startswith(f"{GENERATORS}.numpy") for name in names):
+    elif "numpy" in drawn and any(name.startswith(f"{GENERATORS}.numpy") for name in names):
         cause = "numpy's global generator is not seeded and the loop draws from it: numpy.random.seed(…)"
-    elif any(name.startswith(f"{GENERATORS}.python") for name in names):
+    elif "python" in drawn and any(name.startswith(f"{GENERATORS}.python") for name in names):
         cause = "python's global generator is not seeded and the loop draws from it: random.seed(…)"
     else:
         cause = (

@@ -25,7 +25,7 @@ from holdfast.checkpoint.tree import decode_document
 from holdfast.core.errors import FormatError, RestoreError
 from holdfast.store.base import Store
 
-__all__ = ["GENERATORS", "Difference", "FinalState", "compare", "newest_state"]
+__all__ = ["GENERATORS", "Difference", "FinalState", "compare", "drawn_from", "newest_state"]
 
 GENERATORS = "random generators"
 """Under this name the global random generators are compared."""
@@ -35,6 +35,8 @@ _NUMPY = {
     "f16": "<f2", "f32": "<f4", "f64": "<f8", "c64": "<c8", "c128": "<c16",
 }  # fmt: skip
 _SHOWN_CHARACTERS = 60
+_FRESH = (623, 624)
+"""Where a Mersenne Twister stands when it has just been seeded: by numpy itself, or by a number that somebody gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,22 @@ def compare(one: FinalState, other: FinalState) -> list[Difference]:
             if difference is not None:
                 found.append(difference)
     return found
+
+
+def drawn_from(state: FinalState) -> frozenset[str]:
+    """Which of python's and numpy's global generators somebody has drawn from since they were seeded. A Mersenne Twister that is
+    fresh stands at the end of its words; one that was used does but once in 624 draws."""
+    used = set()
+    if state.leaves.get(f"{GENERATORS}.numpy.position") not in _FRESH:
+        used.add("numpy")
+    words = state.leaves.get(f"{GENERATORS}.python.words")
+    if isinstance(words, Assembled):
+        held = bytearray(words.nbytes)
+        with ThreadPoolExecutor(1, thread_name_prefix="holdfast-drill") as pool:
+            state.reader.read([Target(words, memoryview(held))], pool)
+        if int.from_bytes(held[-4:], "little") not in _FRESH:
+            used.add("python")
+    return frozenset(used)
 
 
 def _compare_arrays(
