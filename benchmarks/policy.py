@@ -28,12 +28,12 @@ from typing import Any
 from holdfast.policy.market.facts import Job
 from holdfast.policy.market.registry import POLICIES
 from holdfast.policy.optimum import offline_optimum
-from holdfast.simulate.engine import simulate
-from holdfast.simulate.lifetimes import Weibull
-from holdfast.simulate.read import Marks, priced, read_csv, read_prices
-from holdfast.simulate.synthetic import Pool, PriceWalk, generate
-from holdfast.simulate.trace import Trace, joined
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.engine import simulate
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.lifetimes import Weibull
+from holdfast.simulate.traces.read import Marks, priced, read_csv, read_prices
+from holdfast.simulate.traces.synthetic import Pool, PriceWalk, generate
+from holdfast.simulate.traces.trace import Trace, joined
 
 HERE = Path(__file__).resolve().parent
 HOUR_S = 3600

@@ -50,12 +50,21 @@ from holdfast.policy.interval import DEFAULT_MAX_LOST_WORK_S
 from holdfast.policy.market.arrays import Floats
 from holdfast.policy.preemptions import PreemptionRate
 from holdfast.policy.spread import Spread
-from holdfast.simulate.fates import Conditions, Fates, Observed, draw_fates
-from holdfast.simulate.fit import runs as stretches
-from holdfast.simulate.intervals import Automatic, Fixed, best_fixed, daly, exact, weibull_aware, with_notice, young
-from holdfast.simulate.lifetimes import Lifetimes, Weibull
-from holdfast.simulate.read import Marks, read_csv
-from holdfast.simulate.uptime import IntervalRule, ceiling_ms, play
+from holdfast.simulate.traces.fit import runs as stretches
+from holdfast.simulate.traces.lifetimes import Lifetimes, Weibull
+from holdfast.simulate.traces.read import Marks, read_csv
+from holdfast.simulate.uptime.engine import IntervalRule, ceiling_ms, play
+from holdfast.simulate.uptime.fates import Conditions, Fates, Observed, draw_fates
+from holdfast.simulate.uptime.intervals import (
+    Automatic,
+    Fixed,
+    best_fixed,
+    daly,
+    exact,
+    weibull_aware,
+    with_notice,
+    young,
+)
 from policy import ON_DEMAND, SPOT
 
 HERE = Path(__file__).resolve().parent

@@ -34,17 +34,17 @@ from holdfast.policy.market.facts import Job
 from holdfast.policy.market.ours import Ours
 from holdfast.policy.market.registry import POLICIES
 from holdfast.policy.market.tables import solve
-from holdfast.simulate.engine import simulate
-from holdfast.simulate.fit import fit_beliefs
-from holdfast.simulate.read import Marks, read_csv
-from holdfast.simulate.trace import Trace, joined
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.bands import DAY_S, Days
+from holdfast.simulate.market.engine import simulate
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.fit import fit_beliefs
+from holdfast.simulate.traces.read import Marks, read_csv
+from holdfast.simulate.traces.trace import Trace, joined
 from policy import HERE, HOUR_S, ON_DEMAND, SPOT, bound, job
 
 CASES = ((60, 0.2), (60, 0.05), (52, 0.2))
 SIMPLE = ("greedy", "uniform-progress", "on-demand")
 GIVEN = ("own", "others", "cold", "hindsight")
-DAY_S = 86400
 
 
 def cut(trace: Trace, begin: float, end: float) -> Trace:
@@ -72,13 +72,12 @@ def play(trace: Trace, policy: Any, task: Job, every_h: float) -> Floats:
 
 def band(costs: dict[str, Floats], policy: str, day: Floats) -> list[float]:
     """Costs are pool x window."""
-    luck = np.random.default_rng(1)
-    days = np.unique(day)
-    by_day = {name: np.array([costs[name][:, day == each].sum() for each in days]) for name in costs}
-    drawn = luck.integers(0, len(days), (2000, len(days)))
-    sums = {name: each[drawn].sum(axis=1) for name, each in by_day.items()}
-    shares = (sums["greedy"] - sums[policy]) / (sums["greedy"] - sums["optimum"])
-    return [round(float(each), 3) for each in np.quantile(shares, (0.05, 0.95))]
+    days = Days.of(day)
+    greedy, optimum = days.sums(costs["greedy"]), days.sums(costs["optimum"])
+    found = days.ratio(greedy - days.sums(costs[policy]), greedy - optimum)
+    if found is None:
+        raise AssertionError("too few days for a band")
+    return [round(found.low, 3), round(found.high, 3)]
 
 
 def case(task: Job, pieces: list[Trace], histories: list[Trace], every_h: float) -> dict[str, Any]:

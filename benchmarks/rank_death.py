@@ -45,9 +45,9 @@ def rank_main(folder: Path, kind: str, size_bytes: int) -> None:
 
     note("noticed")
     import torch.distributed as dist
-    from ranks import build
 
     import holdfast
+    from ranks import build
 
     note("imports")
     dist.init_process_group("gloo")

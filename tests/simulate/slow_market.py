@@ -31,10 +31,15 @@ class World:
     asks: bool = False
     horizon_s: int = 0
     refund_within_s: int = 0
+    moves: tuple[tuple[int, ...], ...] = ()
+    """What it costs to bring the data from pool to pool."""
 
     @property
     def ends_s(self) -> int:
         return self.horizon_s or self.deadline_s
+
+    def move(self, home: Target, to: Target) -> int:
+        return self.moves[home][to] if self.moves and isinstance(home, int) and isinstance(to, int) else 0
 
     def there(self, pool: int, tick: int) -> bool:
         return self.machines[pool][tick] >= self.gang
@@ -77,6 +82,7 @@ class Ending:
     spot: Fraction = Fraction(0)
     on_demand: Fraction = Fraction(0)
     refund: Fraction = Fraction(0)
+    egress: int = 0
     finish_s: int = -1
     lost_s: int = 0
     changeover_s: int = 0
@@ -94,6 +100,7 @@ class Ending:
 def play(world: World, rule: Rule) -> Ending:
     end, warming, unsaved, left = Ending(), 0, 0, world.work_s
     on: Target = WAIT
+    home: Target = WAIT
     age, paid = 0, Fraction(0)
     for now in range(world.ends_s):
         tick = now // world.tick_s
@@ -109,6 +116,8 @@ def play(world: World, rule: Rule) -> Ending:
             end.decisions.append(target)
             if target != on:
                 on, unsaved, age, paid = target, 0, 0, Fraction(0)
+                end.egress += world.move(home, on)
+                home = on if isinstance(on, int) else home
                 warming = 0 if on == WAIT else world.changeover_s
                 end.spot_launches += isinstance(on, int)
                 end.on_demand_launches += on == DEMAND
@@ -228,7 +237,7 @@ def cheapest(world: World) -> Fraction | None:
     world = replace(world, saves_every_s=0)
 
     @cache
-    def least(tick: int, left: int, on: Target, warming: int) -> int | None:
+    def least(tick: int, left: int, on: Target, warming: int, home: Target) -> int | None:
         start_s = tick * world.tick_s
         if start_s >= world.deadline_s:
             return None
@@ -242,12 +251,13 @@ def cheapest(world: World) -> Fraction | None:
             warm = min(still, length_s)
             worked = 0 if target == WAIT else min(left, length_s - warm)
             used = warm + worked if target != WAIT else 0
-            cost = price * world.gang * used
+            cost = price * world.gang * used + (3600 * world.move(home, target) if target != on else 0)
+            base = target if isinstance(target, int) else home
             if left == worked:
                 options.append(cost)
-            elif (rest := least(tick + 1, left - worked, target, still - warm)) is not None:
+            elif (rest := least(tick + 1, left - worked, target, still - warm, base)) is not None:
                 options.append(cost + rest)
         return min(options, default=None)
 
-    seconds_times_hourly = least(0, world.work_s, WAIT, 0)
+    seconds_times_hourly = least(0, world.work_s, WAIT, 0, WAIT)
     return None if seconds_times_hourly is None else Fraction(seconds_times_hourly, 3600)

@@ -1,6 +1,6 @@
 """Machines again, slowly: one after the other, event by event, in fractions of seconds, with the rules written down anew.
 
-Nothing of the simulator and no policy is used here; plain facts come in and go out. `simulate.uptime` is checked against it.
+Nothing of the simulator and no policy is used here; plain facts come in and go out. `simulate.uptime.engine` is checked against it.
 """
 
 from __future__ import annotations

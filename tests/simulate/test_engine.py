@@ -16,11 +16,11 @@ from holdfast.policy.market.arrays import NOTHING, ON_DEMAND, Choice, Situation
 from holdfast.policy.market.base import MarketPolicy
 from holdfast.policy.market.facts import Context, Decision, Job, Market, Offer, PolicyState, Running
 from holdfast.policy.market.registry import POLICIES
-from holdfast.simulate.engine import simulate
-from holdfast.simulate.outcome import Outcomes
-from holdfast.simulate.story import tell
-from holdfast.simulate.trace import Trace
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.engine import simulate
+from holdfast.simulate.market.outcome import Outcomes
+from holdfast.simulate.market.story import tell
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.trace import Trace
 
 HOUR = 3600
 
@@ -46,7 +46,8 @@ def test_every_window_is_what_the_slow_reference_says(world: World, name: str, d
         end = play(window_of(world, start), RULES[name])
         assert chosen[window] == [_number(target) for target in end.decisions]
         assert _figures(outcomes, window) == {
-            "microusd": microusd(end.spot + end.on_demand),
+            "microusd": microusd(end.spot + end.on_demand) + end.egress,
+            "egress_microusd": end.egress,
             "spot_microusd": microusd(end.spot),
             "on_demand_microusd": microusd(end.on_demand),
             "refund_microusd": microusd(end.refund),
@@ -118,7 +119,7 @@ def test_a_controller_that_is_killed_every_tick_does_what_was_simulated(world: W
     end = play(world, controller)
     outcomes, told = tell(trace_of(world), policy, workload_of(world), 0, every_tick=True)
     assert [each.decision for each in told][: len(controller.said)] == controller.said
-    assert int(outcomes.microusd[0]) == microusd(end.spot + end.on_demand)
+    assert int(outcomes.microusd[0]) == microusd(end.spot + end.on_demand) + end.egress
 
 
 @settings(max_examples=100)
@@ -200,6 +201,7 @@ def test_a_window_by_hand() -> None:
         "spot_microusd": 3_000_000,
         "on_demand_microusd": 4 * 1_000_000 * (720 + 75 * 60) // HOUR,
         "refund_microusd": 3_000_000,
+        "egress_microusd": 0,
         "finish_s": 5 * HOUR + 720 + 75 * 60,
         "useful_s": 4 * HOUR,
         "lost_s": 180,
@@ -240,3 +242,6 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         trace.starts(51, 10)
     with pytest.raises(UsageError, match="no pool b; it has a"):
         trace.only("b")
+    for moves in (((0, 1),), ((1,),), ((0, 1), (1, 0))):
+        with pytest.raises(UsageError, match="from each of the 1 pools"):
+            simulate(trace, POLICIES["greedy"], Workload(job=workload.job, move_microusd=moves), np.array([0]))

@@ -14,8 +14,8 @@ from holdfast.policy import optimum
 from holdfast.policy.market.facts import Job
 from holdfast.policy.market.registry import POLICIES
 from holdfast.policy.optimum import Optimum, offline_optimum
-from holdfast.simulate.engine import simulate
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.engine import simulate
+from holdfast.simulate.market.workload import Workload
 
 MINUTE, HOUR = 60, 3600
 
@@ -29,6 +29,7 @@ def least(world: World, start: int = 0) -> Optimum:
         trace.microusd_h * world.gang,
         world.on_demand * world.gang,
         start,
+        world.moves,
     )
 
 
@@ -44,7 +45,7 @@ def test_nothing_that_could_be_done_costs_less_and_something_costs_as_much(world
 def test_no_policy_beats_it(world: World, which: str | int) -> None:
     policy = POLICIES[which] if isinstance(which, str) else Erratic(which)
     starts = trace_of(world).starts(world.deadline_s, world.tick_s)
-    workload = Workload(job=job_of(world), gang=world.gang, asks=world.asks)
+    workload = Workload(job=job_of(world), gang=world.gang, asks=world.asks, move_microusd=world.moves)
     outcomes = simulate(trace_of(world), policy, workload, starts)
     for window, start in enumerate(starts.tolist()):
         if not outcomes.missed[window]:
@@ -118,3 +119,22 @@ def test_of_several_pools_it_takes_the_cheapest_way() -> None:
     assert offline_optimum(tight, 6 * MINUTE, there, prices, 3_000_000).microusd == 6_000_000
     with pytest.raises(UsageError, match="has fewer"):
         offline_optimum(tight, 6 * MINUTE, there, prices, 3_000_000, first_tick=11)
+
+
+def test_a_move_that_costs_more_than_it_saves_is_not_made() -> None:
+    """The cheap pool comes after two and a half hours, of which half an hour started the dear one; two hours of work are left. They
+    cost $4 there, and $2.50 after a move."""
+    there = np.array([[True] * 60, [False] * 25 + [True] * 35, [False] * 60])
+    prices = np.array([[2_000_000] * 60, [1_000_000] * 60, [1] * 60])
+    job = Job(work_s=4 * HOUR, deadline_s=5 * HOUR, changeover_s=HOUR // 2)
+
+    def best(*moves: tuple[int, ...]) -> Optimum:
+        return offline_optimum(job, 6 * MINUTE, there[: len(moves)], prices[: len(moves)], 3_000_000, 0, moves)
+
+    assert best((0, 0), (0, 0)) == Optimum(7_500_000, exact=True)
+    assert best((0, 1_400_000), (0, 0)) == Optimum(8_900_000, exact=True)
+    assert best((0, 1_600_000), (0, 0)) == Optimum(9_000_000, exact=True)
+    # By way of a third pool it would be cheaper: that is a bound only.
+    assert best((0, 1_600_000, 100_000), (0, 0, 0), (0, 100_000, 0)) == Optimum(7_700_000, exact=False)
+    with pytest.raises(UsageError, match="2 pools to each"):
+        best((0, 1), (1, 1))

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from holdfast.core.errors import FormatError, UsageError
-from holdfast.simulate.read import Marks, dollars, priced, read_csv, read_json, read_node_events, read_prices
-from holdfast.simulate.trace import Trace, joined
+from holdfast.simulate.traces.read import Marks, dollars, priced, read_csv, read_json, read_node_events, read_prices
+from holdfast.simulate.traces.trace import Trace, joined
 
 PROBES = """date,availability
 2023-02-15 22:00:00,0

@@ -11,12 +11,12 @@ import pytest
 from holdfast.core.errors import UsageError
 from holdfast.policy.market.facts import Job
 from holdfast.policy.market.registry import POLICIES
-from holdfast.simulate.engine import simulate
-from holdfast.simulate.fit import fit_pool, runs
-from holdfast.simulate.lifetimes import Bathtub, Weibull, fit_weibull
-from holdfast.simulate.synthetic import Outages, Pool, PriceWalk, generate
-from holdfast.simulate.trace import Trace
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.engine import simulate
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.fit import fit_pool, runs
+from holdfast.simulate.traces.lifetimes import Bathtub, Weibull, fit_weibull
+from holdfast.simulate.traces.synthetic import Outages, Pool, PriceWalk, generate
+from holdfast.simulate.traces.trace import Trace
 
 HOUR, DAY = 3600, 86400
 PRICE = PriceWalk(mean_microusd_h=1_000_000)

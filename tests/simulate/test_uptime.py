@@ -18,11 +18,11 @@ from holdfast.policy.deadline import DeadlineAction, DeadlineContext, InFlightSa
 from holdfast.policy.market.arrays import Floats, Ints
 from holdfast.policy.reserves import reserves
 from holdfast.policy.spread import Spread
-from holdfast.simulate.fates import NO_NOTICE, Conditions, Fates, Observed, draw_fates
-from holdfast.simulate.intervals import Fixed
-from holdfast.simulate.last_save import Heard, Plan, after_notice
-from holdfast.simulate.lifetimes import Bathtub, Weibull
-from holdfast.simulate.uptime import BUCKETS, Seen, Uptimes, ceiling_ms, play
+from holdfast.simulate.traces.lifetimes import Bathtub, Weibull
+from holdfast.simulate.uptime.engine import BUCKETS, Seen, Uptimes, ceiling_ms, play
+from holdfast.simulate.uptime.fates import NO_NOTICE, Conditions, Fates, Observed, draw_fates
+from holdfast.simulate.uptime.intervals import Fixed
+from holdfast.simulate.uptime.last_save import Heard, Plan, after_notice
 
 PRIME = 1_000_003
 

@@ -13,8 +13,10 @@ from holdfast.ledger.goodput import Bucket
 from holdfast.policy.interval import AutoContext, PreemptionRate, auto_interval, daly_s, exact_s, with_notice_s, young_s
 from holdfast.policy.market.arrays import Floats
 from holdfast.policy.spread import Spread
-from holdfast.simulate.fates import Conditions, Fates, draw_fates
-from holdfast.simulate.intervals import (
+from holdfast.simulate.traces.lifetimes import Weibull
+from holdfast.simulate.uptime.engine import Seen, ceiling_ms, play
+from holdfast.simulate.uptime.fates import Conditions, Fates, draw_fates
+from holdfast.simulate.uptime.intervals import (
     FIRST_GUESS_S,
     Automatic,
     Fixed,
@@ -25,8 +27,6 @@ from holdfast.simulate.intervals import (
     with_notice,
     young,
 )
-from holdfast.simulate.lifetimes import Weibull
-from holdfast.simulate.uptime import Seen, ceiling_ms, play
 
 HOUR = 3600.0
 COSTLY = Conditions(save_cost_s=60, restore_s=120)

@@ -13,8 +13,8 @@ from slow_market import World
 from holdfast.policy.market.arrays import NOTHING, ON_DEMAND, Choice, Floats, Situation, Why
 from holdfast.policy.market.base import MarketPolicy
 from holdfast.policy.market.facts import Job
-from holdfast.simulate.trace import Trace
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.trace import Trace
 
 PRICES = (0, 1, 7, 900, 1800, 3599, 973_100, 1_100_000, 2_000_000, 3_060_000)
 
@@ -51,7 +51,15 @@ def worlds(draw: st.DrawFn, *, pools: int = 3, plain: bool = False, feasible: bo
         asks=not plain and luck.random() < 0.5,
         horizon_s=horizon_s,
         refund_within_s=0 if plain else luck.choice([0, luck.randint(1, 60)]),
+        moves=_moves(luck, rows) if luck.random() < 0.4 else (),
     )
+
+
+def _moves(luck: random.Random, pools: int) -> tuple[tuple[int, ...], ...]:
+    """Distances between places on a line, and something for each, in the order of what the windows cost: no detour is cheaper."""
+    places = [luck.choice([0, 300, 4000, 20_000]) for _ in range(pools)]
+    flat = luck.choice([0, 1, 700])
+    return tuple(tuple((abs(a - b) + flat) * (i != j) for j, b in enumerate(places)) for i, a in enumerate(places))
 
 
 def _in_runs(luck: random.Random, values: Sequence[int], ticks: int) -> list[int]:
@@ -97,6 +105,7 @@ def workload_of(world: World) -> Workload:
         asks=world.asks,
         horizon_s=world.horizon_s or None,
         free_if_taken_within_s=world.refund_within_s,
+        move_microusd=world.moves,
     )
 
 

@@ -17,8 +17,10 @@ from holdfast.cli.explain_save import explain_save
 from holdfast.cli.logs import logs
 from holdfast.cli.notices import notices_app
 from holdfast.cli.notify import notify
+from holdfast.cli.plan import plan
 from holdfast.cli.report import report
 from holdfast.cli.run import run
+from holdfast.cli.simulate import simulate
 from holdfast.core.contract import EXIT_USAGE
 from holdfast.core.errors import HoldfastError, RunConflict, UsageError
 
@@ -71,6 +73,8 @@ app.add_typer(checkpoints_app, name="checkpoints")
 app.command("explain-save")(explain_save)
 app.add_typer(notices_app, name="notices")
 app.command("notify")(notify)
+app.command("plan")(plan)
+app.command("simulate")(simulate)
 
 
 def main() -> NoReturn:

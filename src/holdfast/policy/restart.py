@@ -28,6 +28,7 @@ from holdfast.core.contract import (
     EXIT_USAGE,
 )
 from holdfast.core.errors import UsageError
+from holdfast.policy.backoff import Backoff
 
 __all__ = [
     "AttemptEnded",
@@ -319,9 +320,7 @@ def _delay_s(state: RestartState, ending: Ending, limits: RestartLimits, jitter:
     failures = state.short_in_a_row - (ending is Ending.PREEMPTED)
     if failures < 1:
         return 0.0
-    # The exponent is bounded first: 2.0 ** 1100 would raise OverflowError.
-    longest_s = min(limits.max_delay_s, limits.first_delay_s * 2.0 ** min(failures - 1, 60))
-    return longest_s * (0.5 + 0.5 * jitter)
+    return Backoff(limits.first_delay_s, limits.max_delay_s).delay_s(failures, jitter)
 
 
 def _times(count: int) -> str:

@@ -14,13 +14,13 @@ from holdfast.policy.market.facts import Job, Market, PolicyState
 from holdfast.policy.market.ours import Ours
 from holdfast.policy.market.registry import POLICIES
 from holdfast.policy.market.tables import solve
-from holdfast.simulate.engine import Watch, simulate
-from holdfast.simulate.fit import fit_beliefs
-from holdfast.simulate.lifetimes import Lifetimes, Weibull
-from holdfast.simulate.story import tell
-from holdfast.simulate.synthetic import Outages, Pool, PriceWalk, generate
-from holdfast.simulate.trace import Trace, joined
-from holdfast.simulate.workload import Workload
+from holdfast.simulate.market.engine import Watch, simulate
+from holdfast.simulate.market.story import tell
+from holdfast.simulate.market.workload import Workload
+from holdfast.simulate.traces.fit import fit_beliefs
+from holdfast.simulate.traces.lifetimes import Lifetimes, Weibull
+from holdfast.simulate.traces.synthetic import Outages, Pool, PriceWalk, generate
+from holdfast.simulate.traces.trace import Trace, joined
 
 HOUR = 3600
 SPOT, DEMAND = 973_100, 3_060_000

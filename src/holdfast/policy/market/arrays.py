@@ -63,6 +63,17 @@ class Why(IntEnum):
     WAITING_IS_CHEAPEST = 15
     DEMAND_IS_CHEAPEST = 16
     STAYING_IS_CHEAPEST = 17
+    MOVING_IS_CHEAPEST = 18
+    # Of a user's rules (`rules`).
+    OUTSIDE_HOURS = 40
+    HOURS_KEEP = 41
+    DEADLINE_IN_HOURS = 42
+    FLOOR = 43
+    FLOOR_WAITS = 44
+    RESERVED = 45
+    FALLBACK = 46
+    NO_DEMAND_SO_SPOT = 47
+    NO_DEMAND_SO_WAIT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

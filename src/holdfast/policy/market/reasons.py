@@ -29,6 +29,16 @@ _RULES = {
     Why.WAITING_IS_CHEAPEST: "waiting for spot is the cheapest on average",
     Why.DEMAND_IS_CHEAPEST: "starting on on-demand is the cheapest on average",
     Why.STAYING_IS_CHEAPEST: "on on-demand, and to stay there is the cheapest on average",
+    Why.MOVING_IS_CHEAPEST: "on spot, and what another pool saves pays for the move",
+    Why.OUTSIDE_HOURS: "outside the hours that the rules allow: nothing may be started now",
+    Why.HOURS_KEEP: "nothing may be started at this hour: what runs goes on",
+    Why.DEADLINE_IN_HOURS: "the hours that the rules leave until the deadline ask for on-demand now",
+    Why.FLOOR: "all work that is left is owed to on_demand_floor",
+    Why.FLOOR_WAITS: "all work that is left is owed to on_demand_floor, and on-demand may not be had now",
+    Why.RESERVED: "reserved capacity is there, and paid already",
+    Why.FALLBACK: "no spot for so long that the rules fall back to on-demand",
+    Why.NO_DEMAND_SO_SPOT: "the rules forbid on-demand: spot, however late it gets",
+    Why.NO_DEMAND_SO_WAIT: "the rules forbid on-demand, and there is no spot: it waits, however late it gets",
 }
 _WAYS = ("if it waits now", "on spot now", "on on-demand now")
 _ABOUT_PROGRESS = {Why.BEHIND, Why.STILL_BEHIND, Why.AHEAD_SO_SPOT, Why.AHEAD_SO_WAIT, Why.AHEAD_BUT_NO_SPOT}

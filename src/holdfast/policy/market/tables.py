@@ -10,9 +10,10 @@ capacity costs `spot` of them per second.
     on-demand     = min of  working on on-demand,  idle
 
 E is over one step of the semi-Markov chain of up and down: hazards by bucket of age (`beliefs`), and an age that moves into the
-next bucket at the rate that a bucket's width gives. All this at once for every pair of families of hazards, of up and
-of down; at run time their posterior weighs the results. The limits of `safety` hold
-here as well, so the table knows what they cost.
+next bucket at the rate that a bucket's width gives. Where there are several pools, an up state is that of the pool in use, and when
+it ends another one is there at once with a chance that is known (`elsewhere`). All this at once for every pair of families of
+hazards, of up and of down; at run time their posterior weighs the results. The limits of `safety` hold here as well, so the table
+knows what they cost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.policy.market.arrays import Floats, Ints
-from holdfast.policy.market.beliefs import AGE_EDGES_S, AGES, Beliefs, mean_h
+from holdfast.policy.market.beliefs import AGE_EDGES_S, AGES, UNSEEN_AGE_S, Beliefs, bucket_of, mean_h
 
 __all__ = ["POINTS", "START_DEMAND", "START_SPOT", "STAY", "WAIT", "Table", "Terms", "solve"]
 
@@ -54,6 +55,8 @@ class Terms:
     lost_s: int
     spot: float
     """Price by the on-demand price."""
+    elsewhere: float = 0.0
+    """How likely another pool has capacity when the one that was used loses it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +71,7 @@ class Table:
     up_share: Floats
     """Per family: share of the time with capacity."""
 
-    def expect(self, left_s: Ints, slack_s: Ints, state: Ints, weights: Floats) -> Floats:
+    def expect(self, left_s: Ints | Floats, slack_s: Ints | Floats, state: Ints, weights: Floats) -> Floats:
         """Window x action, in seconds of on-demand capacity. `weights` is window x family."""
         times, slacks = self.costs.shape[:2]
         t = np.clip(left_s / self.time_s, 0, times - 1.001)
@@ -84,7 +87,7 @@ class Table:
         return out
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=24)
 def solve(beliefs: Beliefs, terms: Terms) -> Table:
     """Seconds of computing at most, tens of megabytes at most; kept."""
     return _Backwards(beliefs, terms).run()
@@ -104,8 +107,13 @@ class _Backwards:
         self.launch = max(1, -(-terms.changeover_s // self.step_s))
         self.spare_s = self.launch * self.step_s - terms.changeover_s
         pairs = [(up, down) for up in beliefs.up.families(POINTS) for down in beliefs.down.families(POINTS)]
+        self.other = int(bucket_of(np.array(UNSEEN_AGE_S)))
         self.chain = np.stack([self._chain(up, down) for up, down in pairs]).astype(np.float32)
-        share = np.array([mean_h(up) / (mean_h(up) + mean_h(down)) for up, down in pairs])
+        self.alive, self.gone = self.chain[:, :AGES, :AGES].copy(), self.chain[:, :AGES, AGES].copy()
+        self.chain[:, :AGES, AGES] -= np.float32(terms.elsewhere) * self.gone
+        self.chain[:, :AGES, self.other] += np.float32(terms.elsewhere) * self.gone
+        lasts = [(mean_h(up) / (1 - min(terms.elsewhere, 0.999)), mean_h(down)) for up, down in pairs]
+        share = np.array([up_h / (up_h + down_h) for up_h, down_h in lasts])
         # Whatever is seen first, no family is impossible.
         self.up_share = np.clip(share, 1e-6, 1 - 1e-6)
 
@@ -144,14 +152,12 @@ class _Backwards:
         return Table(kept, every_t * self.step_s, every_s * self.step_s, self.up_share)
 
     def _prepare_launch(self) -> None:
-        up = self.chain[:, :AGES, :AGES]
-        gone = self.chain[:, :AGES, AGES]
         self.after_launch: Singles = np.linalg.matrix_power(self.chain, self.launch)
-        alive = np.broadcast_to(np.eye(AGES, dtype=np.float32), up.shape)
+        alive = np.broadcast_to(np.eye(AGES, dtype=np.float32), self.alive.shape)
         self.lost_at: list[Singles] = []
         for _ in range(self.launch):
-            self.lost_at.append((alive @ gone[:, :, None])[:, :, :1])
-            alive = alive @ up
+            self.lost_at.append((alive @ self.gone[:, :, None])[:, :, :1])
+            alive = alive @ self.alive
         self.launched: Singles = alive
 
     def _step(self, left_s: int) -> Singles:
@@ -160,8 +166,8 @@ class _Backwards:
         spot, idle, demand = self.spot[0], self.idle[0], self.demand[0]
         work_s = np.maximum(left_s - self.slack_s, 0).astype(np.float32)
         worked_s, goes_on = np.minimum(work_s, step_s), work_s > step_s
-        lost = self._later(idle[:, AGES : AGES + 1], terms.lost_s / 2)
-        on_spot = chain[:, :AGES, :AGES] @ spot + chain[:, :AGES, AGES : AGES + 1] * lost
+        lost = self._later(self._taken(idle), terms.lost_s / 2)
+        on_spot = self.alive @ spot + self.gone[:, :, None] * lost
         costs = np.empty((4, *idle.shape), np.float32)
         costs[STAY] = worked_s + goes_on * (chain @ demand)
         costs[START_DEMAND] = self._start_demand(work_s)
@@ -190,11 +196,19 @@ class _Backwards:
         terms, spot = self.terms, np.float32(self.terms.spot)
         cost = self.launched @ self._later(self.spot[-1], terms.changeover_s) + spot * self.launch * self.step_s
         for number, lost in enumerate(self.lost_at, start=1):
-            gone = self._later(self.idle[number - 1][:, AGES : AGES + 1], min(number * self.step_s, terms.changeover_s))
+            gone = self._later(self._taken(self.idle[number - 1]), min(number * self.step_s, terms.changeover_s))
             # `cost` above has charged the whole launch to everybody.
             cost = cost + lost * (gone - spot * (self.launch - number) * self.step_s)
         short: Singles = np.where(work_s <= self.spare_s, spot * (work_s + terms.changeover_s), cost)
         return short
+
+    def _taken(self, idle: Singles) -> Singles:
+        """Where it is left when its capacity is taken: nothing is there from now on, or another pool is."""
+        if not self.terms.elsewhere:
+            return idle[:, AGES : AGES + 1]
+        other = np.float32(self.terms.elsewhere)
+        left: Singles = (1 - other) * idle[:, AGES : AGES + 1] + other * idle[:, self.other : self.other + 1]
+        return left
 
     def _later(self, values: Singles, by_s: float) -> Singles:
         """The same with less slack; what would be below zero is at zero."""

@@ -1,0 +1,1 @@
+"""Jobs of several nodes, elastic or divisible, node by node."""
