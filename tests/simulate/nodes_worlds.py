@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 from slow_nodes import NodesWorld
+from worlds import in_runs
 
 from holdfast.policy.market.arrays import Floats
 from holdfast.policy.nodes.base import NodePolicy
 from holdfast.policy.nodes.facts import Kind, NodeChoice, NodeJob, NodeSituation, NodeWhy
 from holdfast.simulate.nodes.engine import NodeWorkload
-from holdfast.simulate.traces.trace import Trace
 
 KINDS = {"rigid": Kind.RIGID, "elastic": Kind.ELASTIC, "divisible": Kind.DIVISIBLE}
 PRICES = (0, 1, 7, 900, 3599, 973_100, 1_100_000, 2_000_000, 3_060_000)
@@ -49,8 +49,8 @@ def node_worlds(
     horizon_s = luck.randint(1, 250) if kind != "divisible" and not feasible and luck.random() < 0.5 else 0
     ticks = -(-max(deadline_s, horizon_s) // tick_s) + windows - 1
     rows = luck.randint(1, pools)
-    machines = tuple(tuple(_in_runs(luck, range(nodes + 2), ticks)) for _ in range(rows))
-    prices = tuple(tuple(_in_runs(luck, PRICES, ticks)) for _ in range(rows))
+    machines = tuple(tuple(in_runs(luck, range(nodes + 2), ticks)) for _ in range(rows))
+    prices = tuple(tuple(in_runs(luck, PRICES, ticks)) for _ in range(rows))
     on_demand = luck.choice([3_060_000, 3_060_000, luck.choice(PRICES)])
     speeds = _speeds(luck, nodes) if kind == "elastic" else tuple(range(0, 1000 * nodes + 1, 1000))
     return NodesWorld(
@@ -79,33 +79,6 @@ def _speeds(luck: random.Random, nodes: int) -> tuple[int, ...]:
     if luck.random() < 0.5:
         return tuple(range(0, 1000 * nodes + 1, 1000))
     return (0, *sorted([1000, *(luck.randint(1000, 1000 * nodes) for _ in range(nodes - 1))]))
-
-
-def _in_runs(luck: random.Random, values: range | tuple[int, ...], ticks: int) -> list[int]:
-    """Values that hold for a while, as markets do."""
-    out: list[int] = []
-    longest = luck.choice([2, 5, 12])
-    while len(out) < ticks:
-        out += [luck.choice(values)] * luck.randint(1, longest)
-    return out[:ticks]
-
-
-def window_of(world: NodesWorld, start: int) -> NodesWorld:
-    return replace(
-        world,
-        machines=tuple(row[start:] for row in world.machines),
-        prices=tuple(row[start:] for row in world.prices),
-    )
-
-
-def trace_of(world: NodesWorld) -> Trace:
-    return Trace(
-        pools=tuple(f"pool-{number}" for number in range(len(world.machines))),
-        tick_s=world.tick_s,
-        capacity=np.array(world.machines, np.int32),
-        microusd_h=np.array(world.prices, np.int64),
-        on_demand_microusd_h=world.on_demand,
-    )
 
 
 def job_of(world: NodesWorld) -> NodeJob:

@@ -11,10 +11,10 @@ import worlds as old
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from node_rules import RULES, thrifty
-from nodes_worlds import KINDS, Erratic, job_of, node_worlds, trace_of, window_of, workload_of
+from nodes_worlds import KINDS, Erratic, job_of, node_worlds, workload_of
 from slow_market import World
 from slow_nodes import NodesEnding, NodesWorld, Scene, Wanted, play_nodes
-from worlds import worlds
+from worlds import trace_of, window_of, worlds
 
 from holdfast.policy.market.registry import POLICIES
 from holdfast.policy.nodes.facts import NodeChoice, NodeJob, NodeSituation

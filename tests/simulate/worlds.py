@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 from hypothesis import strategies as st
@@ -36,8 +37,8 @@ def worlds(draw: st.DrawFn, *, pools: int = 3, plain: bool = False, feasible: bo
     ticks = -(-max(deadline_s, horizon_s) // tick_s) + windows - 1
     rows = luck.randint(1, pools)
     gang = 1 if plain else luck.randint(1, 3)
-    machines = tuple(tuple(_in_runs(luck, [0, gang, gang + luck.randint(0, 2), gang - 1], ticks)) for _ in range(rows))
-    prices = tuple(tuple(_in_runs(luck, PRICES, ticks)) for _ in range(rows))
+    machines = tuple(tuple(in_runs(luck, [0, gang, gang + luck.randint(0, 2), gang - 1], ticks)) for _ in range(rows))
+    prices = tuple(tuple(in_runs(luck, PRICES, ticks)) for _ in range(rows))
     return World(
         tick_s=tick_s,
         machines=machines,
@@ -62,7 +63,7 @@ def _moves(luck: random.Random, pools: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple((abs(a - b) + flat) * (i != j) for j, b in enumerate(places)) for i, a in enumerate(places))
 
 
-def _in_runs(luck: random.Random, values: Sequence[int], ticks: int) -> list[int]:
+def in_runs(luck: random.Random, values: Sequence[int], ticks: int) -> list[int]:
     """Values that hold for a while, as markets do: single ticks would hardly ever let a changeover finish."""
     out: list[int] = []
     longest = luck.choice([2, 5, 12])
@@ -71,15 +72,29 @@ def _in_runs(luck: random.Random, values: Sequence[int], ticks: int) -> list[int
     return out[:ticks]
 
 
-def window_of(world: World, start: int) -> World:
-    return replace(
-        world,
-        machines=tuple(row[start:] for row in world.machines),
-        prices=tuple(row[start:] for row in world.prices),
-    )
+class HasMarket(Protocol):
+    """What worlds of one job and of several nodes have in common: pool by tick."""
+
+    @property
+    def tick_s(self) -> int: ...
+    @property
+    def machines(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def prices(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def on_demand(self) -> int: ...
 
 
-def trace_of(world: World) -> Trace:
+AnyWorld = TypeVar("AnyWorld", bound=HasMarket)
+
+
+def window_of(world: AnyWorld, start: int) -> AnyWorld:
+    rows = {"machines": world.machines, "prices": world.prices}
+    cut = {name: tuple(row[start:] for row in of_pools) for name, of_pools in rows.items()}
+    return replace(world, **cut)  # type: ignore[type-var]
+
+
+def trace_of(world: HasMarket) -> Trace:
     return Trace(
         pools=tuple(f"pool-{number}" for number in range(len(world.machines))),
         tick_s=world.tick_s,
