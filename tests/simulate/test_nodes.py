@@ -144,7 +144,7 @@ def test_a_rigid_gang_in_one_pool_is_what_the_other_engine_says(world: World, na
         restart_s=world.changeover_s - launch_s,
         max_lost_s=job.max_lost_s,
     )
-    trace = old.trace_of(world)
+    trace = trace_of(world)
     starts = np.arange(len(world.machines[0]) - -(-world.ends_s // world.tick_s) + 1)
     one = simulate(trace, POLICIES[name], workload, starts)
     other = simulate_nodes(
