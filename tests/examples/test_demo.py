@@ -87,7 +87,8 @@ def test_stopped(tmp_path: Path, number: signal.Signals, exit_code: int, trained
         printed, _ = process.communicate(timeout=GIVE_UP_S)
     assert process.returncode == exit_code, printed
     assert "Traceback" not in printed
-    assert ("leaving at step" in (out / "reference.log").read_text()) == trained
+    # On a busy machine one may have come to its end before the other had begun.
+    assert any("leaving at step" in log.read_text() for log in out.glob("*.log")) == trained
     wait_for(lambda: not working_in(out), process)
 
 
