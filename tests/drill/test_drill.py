@@ -71,6 +71,7 @@ def test_a_sound_script_passes(tmp_path: Path, scenarios: tuple[str, ...]) -> No
     assert verdict_of(report, "torn")["lost_steps"] > 0
 
 
+@pytest.mark.long
 def test_the_demo_passes(tmp_path: Path) -> None:
     sizes = ["--epochs", "2", "--batches", "30", "--width", "32", "--layers", "1", "--context", "32", "--workers", "1"]
     scenarios = () if LONG else ("kill",)

@@ -52,7 +52,7 @@ def kill_until_done(ground: Ground, rng: random.Random, at_most: int) -> dict[st
     return ground.finish() if not ground.result.exists() else ground.outcome()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_random_kills_on_a_folder(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, workers: int) -> None:
     rng = random.Random(workers)
     kills = 0

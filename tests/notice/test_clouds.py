@@ -60,7 +60,7 @@ def run(cloud: Any, timeline: Any, count: int, **options: Any) -> tuple[list[Not
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
-@pytest.mark.parametrize("faulty", [False, True], ids=["calm", "faulty"])
+@pytest.mark.parametrize("faulty", [pytest.param(False, marks=pytest.mark.long), True], ids=["calm", "faulty"])
 def test_fifty_notices_at_random_moments_and_none_is_missed(cloud: str, faulty: bool) -> None:
     rng = random.Random(f"{cloud} {faulty}")
     steps: list[Step] = []

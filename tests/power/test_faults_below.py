@@ -82,7 +82,10 @@ def _record(base: Path, named: bool, plan: Plan) -> tuple[Seam, list[int], list[
     return seam, committed, errors
 
 
-@pytest.mark.parametrize(("error", "named"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EIO, True)])
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [(errno.ENOSPC, False), (errno.EIO, False), pytest.param(errno.EIO, True, marks=pytest.mark.long)],
+)
 def test_every_change_of_the_disk_fails_once(tmp_path: Path, error: int, named: bool) -> None:
     survivors = Survivors(tmp_path / "cut", named=named, with_ledger=False)
     healthy, committed, errors = _record(tmp_path / "healthy", named, lambda number, call: None)

@@ -58,7 +58,7 @@ def _dying(at: int, half: bool) -> Callable[[int, str], str | None]:
     return plan
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_killed_at_every_change_of_the_disk(tmp_path: Path, named: bool) -> None:
     calls: list[str] = []
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from holdfast.checkpoint.staging import available_memory_bytes
+from holdfast.core.errors import UsageError
 from holdfast.data.batch_plan import BatchPlan, plan_batch
 from holdfast.data.global_batch import Micro
 from holdfast.train.loops import Loops
@@ -36,7 +37,12 @@ class Batching:
         raise NotImplementedError
 
     def batches(
-        self, loader: Iterable[Batch], *, epochs: int | None = None, global_batch: int | None = None
+        self,
+        loader: Iterable[Batch],
+        *,
+        epochs: int | None = None,
+        global_batch: int | None = None,
+        batches_per_step: int = 1,
     ) -> Iterator[Batch]:
         """The batches that are left of this epoch, starting at the exact next one; with `epochs`, of all epochs in one loop.
 
@@ -55,9 +61,14 @@ class Batching:
                 if run.micro.last:
                     optimizer.step()
                     optimizer.zero_grad()
+
+        With `batches_per_step`, a step is so many batches as the loader makes them, fewer at the end of an epoch. `run.micro.last`
+        says when it is complete; how to weigh the losses (`run.micro.weight` is 1) is up to the script.
         """
+        if global_batch is not None and batches_per_step != 1:
+            raise UsageError("global_batch= and batches_per_step= both say how large a step is: give one of them")
         self._opened()
-        yield from self._loops.batches(loader, epochs, global_batch)
+        yield from self._loops.batches(loader, epochs, global_batch, batches_per_step)
 
     @property
     def micro(self) -> Micro:

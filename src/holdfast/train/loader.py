@@ -19,6 +19,7 @@ from torch.utils.data._utils.collate import default_convert
 from holdfast.core.errors import UsageError
 from holdfast.data.global_batch import Micro, check_global_batch
 from holdfast.data.seeds import derive_seed, fold_in
+from holdfast.train.grouping import StepGroup
 from holdfast.train.loader_source import Circumstances, LoaderSource, Source, cannot_be_random, has_state
 from holdfast.train.loader_twin import unwrapped
 from holdfast.train.own_sources import IterableSource, OwnStateSource, PlainSource
@@ -53,8 +54,14 @@ class ResumableLoader:
         # A loader that reads its own must shuffle in the same way on all ranks before it shards.
         apart = () if self._source.is_own or world_size == 1 else ("rank", rank)
         self._root = derive_seed(seed, "loader", *apart)
+        self._group = StepGroup(self._source.is_over)
+        self._piece = Micro()
         self.micro = Micro()
         """What there is to say about the newest batch handed out."""
+
+    def group(self, batches_per_step: int) -> None:
+        """From the next `iterate` on, a step has so many of the loader's batches, or what is left of the epoch."""
+        self._group.resize(batches_per_step)
 
     def accumulate(self, global_batch: int | None) -> None:
         """From the next `iterate` on, a step has so many samples over all ranks; None: one batch of the loader on each rank.
@@ -69,13 +76,15 @@ class ResumableLoader:
         source = self._source
         if start_sample is None:
             start_sample = start_batch * (source.step_samples or 0)
-        self.micro = Micro()
-        stream, skip = source.open(epoch, start_batch, start_sample)
+        self._piece = self.micro = Micro()
+        first = self._group.batches_in(start_batch, source.length() if self._group.size > 1 else None)
+        self._group.begin(first, start_sample)
+        stream, skip = source.open(epoch, first, start_sample)
         if skip:
             self._warn(
                 f"going to batch {start_batch} of epoch {epoch} reads and drops {skip} batches: {source.why_skipping()}"
             )
-        fetched = self._isolated(stream, fold_in(self._root, epoch), start_batch - skip) if source.isolated else stream
+        fetched = self._isolated(stream, fold_in(self._root, epoch), first - skip) if source.isolated else stream
         for _ in range(skip):
             if next(fetched, _END) is _END:
                 return
@@ -84,7 +93,8 @@ class ResumableLoader:
             if is_first:
                 source.check_started()
                 is_first = False
-            self.micro = source.micro()
+            self._piece = source.micro()
+            self.micro = self._group.micro(self._piece)
             yield batch
             del batch
 
@@ -100,17 +110,18 @@ class ResumableLoader:
                 return
             yield fetched
             del fetched
-            batch, index = (batch + 1, 0) if self.micro.last else (batch, index + 1)
+            batch, index = (batch + 1, 0) if self._piece.last else (batch, index + 1)
 
     @property
     def batches_per_epoch(self) -> int | None:
         """How many steps an epoch has from its start; None where the loader does not say."""
-        return self._source.length()
+        return self._group.steps_in(self._source.length())
 
     @property
     def step_samples(self) -> int | None:
         """How many samples a step has over all ranks; None where the loader does not say, or each is of another size."""
-        return self._source.step_samples
+        samples = self._source.step_samples
+        return None if samples is None else samples * self._group.size
 
     @property
     def is_own(self) -> bool:
@@ -124,7 +135,7 @@ class ResumableLoader:
 
     def is_over(self, batch: int, sample: int) -> bool:
         """Whether the epoch has nothing after so many steps of so many samples."""
-        return self._source.is_over(batch, sample)
+        return self._source.is_over(self._group.batches_in(batch, self._source.length()), sample)
 
     def state(self) -> dict[str, Any] | None:
         """What resuming needs beside the position, as of the newest batch handed out; None for loaders that need nothing."""
@@ -136,7 +147,13 @@ class ResumableLoader:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON for the checkpoint's metadata: two runs with other values here do not see the same batches."""
-        return {"kind": self._source.kind, "batches_per_epoch": self.batches_per_epoch, **self._source.describe()}
+        grouped = {"batches_per_step": self._group.size} if self._group.size > 1 else {}
+        return {
+            "kind": self._source.kind,
+            "batches_per_epoch": self.batches_per_epoch,
+            **grouped,
+            **self._source.describe(),
+        }
 
 
 def _source_of(loader: Any, under: Circumstances) -> Source:

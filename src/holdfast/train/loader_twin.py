@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from holdfast.data.seeds import derive_seed
 from holdfast.train.sample_seeds import IsolatedRandomness, WorkerStart
 
-__all__ = ["LoaderTwin", "unwrapped"]
+__all__ = ["LoaderTwin", "deafen", "unwrapped"]
 
 _STOCK_MODULES = ("torch.utils.data.dataloader", "torchdata.stateful_dataloader.stateful_dataloader")
 
@@ -86,6 +86,15 @@ class _Engine:
         # The seeds of worker processes are drawn from the loader's generator, which is otherwise the global one.
         self.loader.generator.manual_seed(derive_seed(self._seed, "workers", self.epoch))
         return self.loader._get_iterator() if self.loader.num_workers == 0 else _with_deaf_workers(self.loader)
+
+
+def deafen(loader: Any) -> None:
+    """Let the workers of a loader that somebody else iterates (an evaluation's) outlive the signals that are the main process's
+    business. Changes the loader; nothing that it yields."""
+    base = unwrapped(loader)
+    if base.num_workers and "_get_iterator" not in vars(base):
+        engine = _copy(base, worker_init_fn=WorkerStart(base.worker_init_fn))
+        base.__dict__["_get_iterator"] = lambda: _with_deaf_workers(engine)
 
 
 def _with_deaf_workers(loader: Any) -> Any:

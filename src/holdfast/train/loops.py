@@ -60,20 +60,28 @@ class Loops:
             self._record.stopwatch.enter(before)
             self._place.leave_epochs(token)
 
-    def batches(self, loader: Iterable[Batch], epochs: int | None, global_batch: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self,
+        loader: Iterable[Batch],
+        epochs: int | None,
+        global_batch: int | None = None,
+        batches_per_step: int = 1,
+    ) -> Iterator[Batch]:
         """Those that are left of this epoch, or of that many epochs."""
         if epochs is None and self._place.in_iteration:
-            yield from self._one_loop(loader, global_batch, nested=True)
+            yield from self._one_loop(loader, global_batch, batches_per_step, nested=True)
             return
         self._place.refuse_second_loop()
         if epochs is None:
             self._place.refuse_second_pass()
         for _ in self.epochs(1 if epochs is None else epochs):
-            yield from self._one_loop(loader, global_batch, nested=False)
+            yield from self._one_loop(loader, global_batch, batches_per_step, nested=False)
 
-    def _one_loop(self, loader: Iterable[Batch], global_batch: int | None, *, nested: bool) -> Iterator[Batch]:
+    def _one_loop(
+        self, loader: Iterable[Batch], global_batch: int | None, batches_per_step: int, *, nested: bool
+    ) -> Iterator[Batch]:
         place, gate, saves = self._place, self._session.gate, self._session.saves
-        token = place.enter_loop(loader, global_batch)
+        token = place.enter_loop(loader, global_batch, batches_per_step)
         if token is None or saves is None:
             return
         self._tracker.driven(loader)

@@ -23,7 +23,7 @@ from holdfast.train.rng import capture_rng, restore_rng, seed_rng
 
 __all__ = ["Place"]
 
-_SAME_BATCHES = ("kind", "type", "samples", "batch_size", "sampler")
+_SAME_BATCHES = ("kind", "type", "samples", "batch_size", "batches_per_step", "sampler")
 """What decides which samples batch k of an epoch holds."""
 _SAME_ORDER = ("kind", "type", "samples", "sampler")
 """What decides which sample is at place k of it, where the order does not depend on the size of batches."""
@@ -179,7 +179,9 @@ class Place:
 
     # ---- a loop over batches
 
-    def enter_loop(self, loader: Iterable[Any], global_batch: int | None = None) -> object | None:
+    def enter_loop(
+        self, loader: Iterable[Any], global_batch: int | None = None, batches_per_step: int = 1
+    ) -> object | None:
         """Begin the next loop of this epoch. Returns a token for `leave_loop`, or None when this loop is done and to be skipped."""
         self.refuse_second_loop()
         self._phase += 1
@@ -190,7 +192,7 @@ class Place:
         if self._phase > self.position.phase:
             self.position = self.position.next_phase()
         self.cut = False
-        self.current = self._resumable(loader, global_batch)
+        self.current = self._resumable(loader, global_batch, batches_per_step)
         self._set_generators(arrived=True)
         self._loop = object()
         return self._loop
@@ -267,13 +269,14 @@ class Place:
 
     # ---- the loader, as it was and as it is
 
-    def _resumable(self, loader: Iterable[Any], global_batch: int | None) -> ResumableLoader:
+    def _resumable(self, loader: Iterable[Any], global_batch: int | None, batches_per_step: int) -> ResumableLoader:
         epoch = self.position.epoch
         # Loaders that are made anew for every epoch must not pile up, with their workers.
         self._loaders = {key: known for key, known in self._loaders.items() if known[2] >= epoch - 1}
         known = self._loaders.get(id(loader))
         made = self._wrap(loader) if known is None else known[1]
         made.accumulate(global_batch)
+        made.group(batches_per_step)
         self._loaders[id(loader)] = (loader, made, epoch)
         self.batch_size = getattr(loader, "batch_size", None)
         self._nothing_left = False

@@ -86,6 +86,11 @@ def sampler_parts(base: Any, *, rank: int, world_size: int, say: Callable[[str],
         if batches.split_batches and parts.size is not None:
             parts = replace(parts, size=max(parts.size // world_size, 1))
     sampler = parts.sampler
+    if type(sampler).__name__ == "SeedableRandomSampler" and not sampler.replacement:
+        # Accelerate's, in place of a RandomSampler of which it has made the seed a function of the epoch: so does holdfast.
+        length = len(sampler.data_source)
+        if length and sampler.num_samples == length:
+            return replace(parts, sampler=RandomSampler(sampler.data_source))
     if type(sampler) is _DistributedSampler:
         _check(sampler, sampler.rank, sampler.num_replicas, rank, world_size)
         say(

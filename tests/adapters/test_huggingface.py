@@ -1,0 +1,223 @@
+"""`transformers.Trainer` with the callback: however often and wherever it is killed, it ends as if it never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from forking import Zygote
+from killing import Ground
+
+from holdfast.checkpoint.heads import read_truth
+from holdfast.core.contract import EXIT_PREEMPTED
+from holdfast.store.open import open_store
+
+HERE = Path(__file__).parent
+SAMPLES, BATCH, EPOCHS, EVALUATION_SAMPLES = 44, 4, 3, 10
+PER_EPOCH = SAMPLES // BATCH
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
+KILLS = 60 if LONG else 6
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"eval_strategy": "epoch"},
+    # 11 batches are 3 steps of 3 and one of 2; evaluations and logs fall into the middle of epochs and of each other.
+    "accumulating": {
+        "gradient_accumulation_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2, "eval_on_start": True,
+        "bf16": True,
+    },
+    # A last batch of 2 that belongs to a short last step, workers, and everything logged at the end of an epoch.
+    "workers": {
+        "gradient_accumulation_steps": 4, "dataloader_num_workers": 2, "dataloader_persistent_workers": True,
+        "per_device_train_batch_size": 3, "eval_strategy": "epoch", "logging_strategy": "epoch",
+    },
+    # Stops in the middle of an epoch.
+    "max_steps": {"max_steps": 2 * PER_EPOCH + 4, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",
+                  "eval_steps": 5, "metric_for_best_model": "loss"},
+}  # fmt: skip
+STEPS = {"plain": 33, "accumulating": 12, "workers": 12, "max_steps": 26}
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote(HERE / "hf_zygote.py") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The same trainings, never interrupted; at another pace of saving, since it must not matter."""
+    folder = tmp_path_factory.mktemp("references")
+    return {
+        name: Ground(zygote, folder / name, str(folder / name / "run"), **settings, save_every="epoch").finish()
+        for name, settings in SETTINGS.items()
+    }
+
+
+def ground_for(zygote: Zygote, folder: Path, settings: dict[str, Any]) -> Ground:
+    return Ground(zygote, folder, str(folder / "run"), **settings)
+
+
+def saved_steps(ground: Ground) -> list[int]:
+    head = read_truth(open_store(ground.url)).head
+    return [] if head is None else [ref.step for ref in head.checkpoints]
+
+
+def fetched_by_the_last(ground: Ground) -> list[int]:
+    fetched: list[int] = json.loads((ground.folder / "fetched").read_text())
+    return fetched
+
+
+def test_uninterrupted(references: dict[str, dict[str, Any]]) -> None:
+    for name, outcome in references.items():
+        assert outcome["step"] == STEPS[name]
+        for start in range(0, len(outcome["samples"]), SAMPLES):
+            used = outcome["samples"][start : start + SAMPLES]
+            assert sorted(used) == list(range(SAMPLES)) or (name == "max_steps" and len(set(used)) == len(used) == 16)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_random_kills(zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    rng = random.Random(name)
+    ground = ground_for(zygote, tmp_path, SETTINGS[name])
+    while ground.kills < KILLS and ground.kill_at_random(rng):
+        pass
+    assert ground.finish() == references[name]
+
+
+PLACES = [
+    ("plain", "stepping:1"),
+    ("plain", f"stepping:{PER_EPOCH}"),
+    ("plain", f"evaluating:{PER_EPOCH}"),
+    ("plain", f"ending:{3 * PER_EPOCH}"),
+    ("plain", f"finishing:{3 * PER_EPOCH}"),
+    ("accumulating", "stepping:4"),
+    ("accumulating", "evaluating:6"),
+    ("workers", "ending:8"),
+    ("workers", "evaluating:8"),
+    ("max_steps", "finishing:26"),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
+@pytest.mark.parametrize("every", ["1 step", "3 steps"])
+def test_killed_at(
+    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, place: str, every: str
+) -> None:
+    ground = ground_for(zygote, tmp_path, SETTINGS[name])
+    attempt = ground.start(pause_in=place, save_every=every)
+    attempt.wait_until(ground.place_reached)
+    attempt.signal(signal.SIGKILL)
+    attempt.wait()
+    assert ground.finish() == references[name]
+
+
+@pytest.mark.parametrize(("name", "step"), [("plain", 16), ("accumulating", 6), ("workers", 7)])
+def test_a_notice_is_answered_with_a_checkpoint(
+    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, step: int
+) -> None:
+    """At the end of the step at hand, whatever the interval; and the rest reads what is left and nothing else."""
+    ground = ground_for(zygote, tmp_path, {**SETTINGS[name], "save_every": "1 h"})
+    attempt = ground.start(pause_in=f"stepping:{step}")
+    attempt.wait_until(ground.place_reached)
+    attempt.signal(signal.SIGTERM)
+    ground.go_on()
+    assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
+    assert saved_steps(ground) == [step]
+    assert ground.finish() == references[name]
+    if name != "workers":  # those fetch elsewhere
+        used, batches = references[name]["samples"], SETTINGS[name].get("gradient_accumulation_steps", 1)
+        epoch, within = divmod(step, -(-PER_EPOCH // batches))
+        left = used[epoch * SAMPLES + within * batches * BATCH :]
+        evaluated = [int(e.split()[-1]) for e in references[name]["events"] if e.startswith("evaluated at")]
+        evaluations = sum(at > step for at in evaluated) * EVALUATION_SAMPLES
+        assert len(fetched_by_the_last(ground)) == len(left) + evaluations
+
+
+def test_a_notice_ends_an_evaluation_between_epochs(
+    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """It is done again after the resume, so nobody waits for it."""
+    ground = ground_for(zygote, tmp_path, {**SETTINGS["plain"], "save_every": "1 h"})
+    attempt = ground.start(pause_in=f"evaluating:{PER_EPOCH}")
+    attempt.wait_until(ground.place_reached)
+    attempt.signal(signal.SIGTERM)
+    assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
+    assert saved_steps(ground) == [PER_EPOCH]
+    assert ground.finish() == references["plain"]
+
+
+def test_a_finished_run_trains_nothing(zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    ground = ground_for(zygote, tmp_path, SETTINGS["max_steps"])
+    first = ground.finish()
+    again = ground.finish()
+    assert first == references["max_steps"]
+    assert fetched_by_the_last(ground) == []
+    assert {**again, "rng": first["rng"]} == first
+
+
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True,
+    "save_total_limit": 1, "metric_for_best_model": "loss", "greater_is_better": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", ["the same machine", "another machine"])
+def test_the_best_model_survives_the_machine(zygote: Zygote, tmp_path: Path, machine: str) -> None:
+    """The Trainer keeps it in a folder that goes with the machine."""
+    reference = ground_for(zygote, tmp_path / "reference", {**BEST, "save_every": "epoch"}).finish()
+    assert reference["best"][1] < reference["step"] - 4, "the best model is not simply one of the last"
+    ground = ground_for(zygote, tmp_path / "killed", BEST)
+    for step in (reference["best"][1] + 3, reference["step"]):
+        attempt = ground.start(pause_in=f"stepping:{step}")
+        attempt.wait_until(ground.place_reached)
+        attempt.signal(signal.SIGKILL)
+        attempt.wait()
+        if machine == "another machine":
+            shutil.rmtree(ground.folder / "output")
+    assert ground.finish() == reference
+
+
+@pytest.mark.parametrize("data", ["stream", "stateful-stream"])
+def test_streams(zygote: Zygote, tmp_path: Path, data: str) -> None:
+    """Without a state, what was used is read and dropped, and a warning at the start says so; with one, nothing is."""
+    settings = {"data": data, "max_steps": 2 * PER_EPOCH + 5, "save_every": "1 h"}
+    reference = ground_for(zygote, tmp_path / "reference", settings).finish()
+    assert reference["samples"] == [*range(SAMPLES), *range(SAMPLES), *range(5 * BATCH)]
+    ground = ground_for(zygote, tmp_path / "noticed", settings)
+    for step in (6, PER_EPOCH + 4):
+        attempt = ground.start(pause_in=f"stepping:{step}")
+        attempt.wait_until(ground.place_reached)
+        attempt.signal(signal.SIGTERM)
+        ground.go_on()
+        assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
+    outcome = ground.finish()
+    again = 4 * BATCH if data == "stream" else 0
+    left = (SAMPLES - 4 * BATCH) + 5 * BATCH
+    assert len(fetched_by_the_last(ground)) == again + left
+    assert outcome["samples"] == reference["samples"]
+    assert ("reads and drops all batches" in ground.log.read_text()) == (data == "stream")
+    assert outcome == reference
+
+
+def test_batches_of_similar_length(zygote: Zygote, tmp_path: Path) -> None:
+    settings = {
+        "train_sampling_strategy": "group_by_length",
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "epoch",
+    }
+    reference = ground_for(zygote, tmp_path / "reference", {**settings, "save_every": "epoch"}).finish()
+    assert sorted(reference["samples"][:SAMPLES]) == list(range(SAMPLES))
+    ground = ground_for(zygote, tmp_path / "killed", settings)
+    rng = random.Random(2)
+    while ground.kills < 3 and ground.kill_at_random(rng):
+        pass
+    assert ground.finish() == reference
