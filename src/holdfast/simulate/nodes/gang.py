@@ -11,29 +11,26 @@ import numpy as np
 
 from holdfast.policy.market.arrays import Bools, Ints
 from holdfast.policy.nodes.facts import NodeJob
-from holdfast.simulate.market.outcome import UNFINISHED
+from holdfast.simulate.nodes.books import Books
 from holdfast.simulate.nodes.fleet import Fleet
 from holdfast.simulate.nodes.purse import Purse
 
 __all__ = ["GangWork"]
 
 
-class GangWork:
+class GangWork(Books):
     """What is left in every window, and where the time went."""
 
     def __init__(self, job: NodeJob, fleet: Fleet, purse: Purse) -> None:
         self.job, self.fleet, self.purse = job, fleet, purse
         windows = fleet.place.shape[1]
+        super().__init__(windows)
         self.rates = np.array(job.rates, np.int64)
         self.joins_after_s = job.launch_s
         self.left: Ints = np.full(windows, job.total_work, np.int64)
-        self.finish_s: Ints = np.full(windows, UNFINISHED, np.int64)
-        self.over, self.stopped, self.changed = np.zeros((3, windows), np.bool_)
+        self.changed: Bools = np.zeros(windows, np.bool_)
         self.unsaved_s, self.to_restart_s = np.zeros((2, windows), np.int64)
-        self.worked_node_s, self.lost_node_s, self.changeover_node_s, self.idle_node_s = np.zeros(
-            (4, windows), np.int64
-        )
-        self.waiting_s, self.begun = np.zeros((2, windows), np.int64)
+        self.begun: Ints = np.zeros(windows, np.int64)
 
     @property
     def restart_left_s(self) -> Ints:
@@ -102,10 +99,6 @@ class GangWork:
         self._end(begin_s + run_s, run_s < wanted_s)
 
     def _end(self, at_s: Ints, unpaid: Bools) -> None:
-        done = (self.left == 0) & ~self.over
-        ended = done | unpaid
+        ended = self.close(at_s, self.left == 0, unpaid)
         if ended.any():
-            self.finish_s = np.where(done, at_s, self.finish_s)
-            self.stopped |= unpaid & ~done
-            self.over |= ended
             self.fleet.drop(np.broadcast_to(ended, self.fleet.place.shape))

@@ -15,19 +15,20 @@ import numpy as np
 
 from holdfast.policy.market.arrays import NOTHING, Bools, Ints
 from holdfast.policy.nodes.facts import NodeJob
-from holdfast.simulate.market.outcome import UNFINISHED
+from holdfast.simulate.nodes.books import Books
 from holdfast.simulate.nodes.fleet import Fleet
 from holdfast.simulate.nodes.purse import Purse
 
 __all__ = ["ItemWork"]
 
 
-class ItemWork:
+class ItemWork(Books):
     """The items of every window, and where the time went. Slots are those of the fleet."""
 
     def __init__(self, job: NodeJob, fleet: Fleet, purse: Purse) -> None:
         self.job, self.fleet, self.purse = job, fleet, purse
         slots, windows = fleet.place.shape
+        super().__init__(windows)
         self.joins_after_s = job.changeover_s
         self.fresh: Ints = np.full(windows, job.items, np.int64)
         self.item_s: Ints = np.zeros((slots, windows), np.int64)
@@ -36,13 +37,7 @@ class ItemWork:
         """What is left of items that were begun and that no node has; the longest first, then zeros."""
         self.in_hand_s: Ints = np.zeros((slots, windows), np.int64)
         """Working time of this node on this item."""
-        self.finish_s: Ints = np.full(windows, UNFINISHED, np.int64)
-        self.over, self.stopped = np.zeros((2, windows), np.bool_)
-        self.worked_node_s, self.lost_node_s, self.changeover_node_s, self.idle_node_s = np.zeros(
-            (4, windows), np.int64
-        )
-        self.waiting_s, self.restarts = np.zeros((2, windows), np.int64)
-        self.restart_left_s: Ints = np.zeros(windows, np.int64)
+        self.restarts, self.restart_left_s = np.zeros((2, windows), np.int64)
 
     @property
     def left(self) -> Ints:
@@ -146,12 +141,8 @@ class ItemWork:
                 return
 
     def _end(self, at_s: Ints, unpaid: Bools) -> None:
-        done = (self.left == 0) & ~self.over
-        ended = done | unpaid
+        ended = self.close(at_s, self.left == 0, unpaid)
         if ended.any():
-            self.finish_s = np.where(done, at_s, self.finish_s)
-            self.stopped |= unpaid & ~done
-            self.over |= ended
             # What was begun stays begun: a stop is announced, so it saves.
             self.give_up(np.broadcast_to(ended, self.fleet.place.shape))
             self.fleet.drop(np.broadcast_to(ended, self.fleet.place.shape))
