@@ -21,7 +21,7 @@ import numpy as np
 
 from holdfast.checkpoint.arrays import adapter_named
 from holdfast.checkpoint.commit import Committer
-from holdfast.checkpoint.format import CheckpointRef, Head, Part, Root, decode_part, head_key, unseal
+from holdfast.checkpoint.format import CheckpointRef, Head, Part, Root, decode_part, head_key
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import CheckpointReader, Target, restore_newest
 from holdfast.checkpoint.retain import Keep, StoreOpener, checkpoint_keys, pinned_keys
@@ -30,6 +30,7 @@ from holdfast.checkpoint.snapshot import lay_out, stream
 from holdfast.checkpoint.tree import decode_document, flatten, unflatten
 from holdfast.core.errors import Fenced, RunConflict, SaveError, StoreUnavailable, UsageError
 from holdfast.core.ids import TokenSource, seeded_tokens
+from holdfast.core.sealed import unseal
 from holdfast.store.base import Body, Entry, Store, flat_buffers
 from holdfast.store.memory import MemoryStore
 

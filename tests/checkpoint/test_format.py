@@ -15,7 +15,6 @@ from parts import begin, garbage, restore, resume
 
 from holdfast.checkpoint.format import (
     CHUNK_BYTES,
-    FORMAT_VERSION,
     OBJECT_BYTES,
     ArrayEntry,
     Chunk,
@@ -27,12 +26,11 @@ from holdfast.checkpoint.format import (
     RunRecord,
     decode_part,
     encode_part,
-    seal,
-    unseal,
 )
 from holdfast.checkpoint.heads import read_truth
 from holdfast.core.errors import FormatError, HoldfastError, IntegrityError, RestoreError, UsageError
 from holdfast.core.ids import seeded_tokens
+from holdfast.core.sealed import FORMAT_VERSION, seal, unseal
 from holdfast.store.memory import MemoryStore
 
 _SAVES = 3

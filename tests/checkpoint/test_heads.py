@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from interleaved import RUN_ID, SCALE, Actor, ActorStore, FakeClock, Suffers, World, attempt, play, reader
 
 from holdfast.checkpoint import heads, pack
-from holdfast.checkpoint.format import Head, digest, head_key, seal
+from holdfast.checkpoint.format import Head, head_key
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.core.errors import Fenced, RestoreError, RunConflict, StoreUnavailable
 from holdfast.core.ids import seeded_tokens
+from holdfast.core.sealed import digest, seal
 from holdfast.store.base import Entry
 from holdfast.store.memory import MemoryStore
 from holdfast.testing.faulty_store import Fault, FaultyStore, Operation, at

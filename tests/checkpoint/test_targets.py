@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from many_parts import Counting, opened, ref_to, small_blocks, tree_of, write
 from test_regions import cut, inside
 
-from holdfast.checkpoint.format import BLOCK_BYTES, CHUNK_BYTES, CheckpointRef, Part, decode_part, digest, encode_part
+from holdfast.checkpoint.format import BLOCK_BYTES, CHUNK_BYTES, CheckpointRef, Part, decode_part, encode_part
 from holdfast.checkpoint.known import KnownChunks
 from holdfast.checkpoint.read import CheckpointReader, Target
 from holdfast.checkpoint.regions import Rectangle, whole
 from holdfast.checkpoint.write import WrittenPart, put_root
 from holdfast.core.errors import FormatError, IntegrityError, NotFound, UsageError
+from holdfast.core.sealed import digest
 from holdfast.store.base import Store
 from holdfast.store.memory import MemoryStore
 

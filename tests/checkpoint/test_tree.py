@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from interleaved import SCALE
 
 from holdfast.checkpoint.arrays import adapter_for, adapter_named
-from holdfast.checkpoint.format import FORMAT_VERSION, ArrayEntry, Part, encode_part
+from holdfast.checkpoint.format import ArrayEntry, Part, encode_part
 from holdfast.checkpoint.snapshot import lay_out, stage, stream
 from holdfast.checkpoint.staging import Slot
 from holdfast.checkpoint.tree import FlatTree, decode_document, flatten, register_codec, unflatten
 from holdfast.core.errors import FormatError, UnsupportedState, UsageError
+from holdfast.core.sealed import FORMAT_VERSION
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _TORCH_DTYPES = (

@@ -16,11 +16,12 @@ import numpy as np
 from interleaved import RUN_ID, load_tree, same_state
 from places import Place
 
-from holdfast.checkpoint.format import MAX_RECORD_BYTES, CheckpointRef, Head, Root, head_key, unseal
+from holdfast.checkpoint.format import CheckpointRef, Head, Root, head_key
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import open_checkpoint
 from holdfast.checkpoint.retain import Keep, checkpoint_keys, read_root
 from holdfast.core.errors import IntegrityError, NotFound
+from holdfast.core.sealed import MAX_RECORD_BYTES, unseal
 from holdfast.store.base import Body, Entry, Store
 
 __all__ = ["History", "State", "Witness", "make_state"]

@@ -22,7 +22,7 @@ from places import Place
 
 from holdfast.checkpoint import heads
 from holdfast.checkpoint.commit import Committer
-from holdfast.checkpoint.format import FORMAT_VERSION, CheckpointRef, RunRecord, head_key, seal
+from holdfast.checkpoint.format import CheckpointRef, RunRecord, head_key
 from holdfast.checkpoint.heads import Lineage, head_numbers, read_truth
 from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
 from holdfast.checkpoint.record import RUN_KEY
@@ -44,6 +44,7 @@ from holdfast.core.errors import (
     UsageError,
 )
 from holdfast.core.ids import TokenSource, seeded_tokens
+from holdfast.core.sealed import FORMAT_VERSION, seal
 from holdfast.store.base import Store
 from holdfast.testing.faulty_store import FaultyStore
 

@@ -17,12 +17,13 @@ from places import MemoryPlace
 
 from holdfast.checkpoint import commit, read, retain
 from holdfast.checkpoint.commit import Committed, Committer
-from holdfast.checkpoint.format import CheckpointRef, Head, head_key, seal
+from holdfast.checkpoint.format import CheckpointRef, Head, head_key
 from holdfast.checkpoint.heads import Change, Lineage, Truth, read_truth
 from holdfast.checkpoint.retain import Pinned, Roots, checkpoint_keys
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.checkpoint.write import KnownChunks, Written
 from holdfast.core.errors import StoreUnavailable
+from holdfast.core.sealed import seal
 from holdfast.store.base import Store
 
 _EXAMPLES = 300

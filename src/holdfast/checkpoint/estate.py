@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from holdfast.checkpoint.commit import Committer
-from holdfast.checkpoint.format import FORMAT_VERSION, CheckpointRef, Head, Part
+from holdfast.checkpoint.format import CheckpointRef, Head, Part
 from holdfast.checkpoint.handover import Inherited, Share
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.joint import begin_word, left_in_store, put_joint_root, ready_parts
@@ -26,6 +26,7 @@ from holdfast.checkpoint.write import KnownChunks, Written, checkpoint_name, wri
 from holdfast.core.clock import Clock
 from holdfast.core.errors import Fenced, IntegrityError, NotFound, StoreFull
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import FORMAT_VERSION
 from holdfast.store.base import Store
 
 __all__ = [

@@ -1,30 +1,26 @@
 """The bytes of everything under a run's URL that is not tensor data. docs/checkpoint-format.md says the same in words.
 
-Records (run, head, root, pin) are *sealed* JSON: `{"blake3":"<64 hex digits>","body":…}`, where the hash is over the exact bytes of
-the body, so that a flipped byte is found before anything is believed. A part (one rank's index) is a magic line and MessagePack;
-its hash stands in the root, and the root's hash in the head. Every size and name is checked before it is used: a folder may be
-hostile.
+Records (run, head, root, pin) are sealed JSON (`core.sealed`). A part (one rank's index) is a magic line and MessagePack; its hash
+stands in the root, and the root's hash in the head. Every size and name is checked before it is used: a folder may be hostile.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from blake3 import blake3
 
 from holdfast.checkpoint.arrays import DTYPE_BYTES, ArraySpec
-from holdfast.core.errors import FormatError, IntegrityError, RunConflict, UsageError
+from holdfast.core.errors import FormatError, UsageError
+from holdfast.core.sealed import FORMAT_VERSION
 from holdfast.store.base import check_key
 
 __all__ = [
     "BLOCK_BYTES",
     "CHUNK_BYTES",
-    "FORMAT_VERSION",
     "HASH_BYTES",
     "MAX_PART_BYTES",
-    "MAX_RECORD_BYTES",
     "OBJECT_BYTES",
     "ArrayEntry",
     "CheckpointRef",
@@ -39,14 +35,10 @@ __all__ = [
     "RunRecord",
     "StagedRecord",
     "decode_part",
-    "digest",
     "encode_part",
     "head_key",
-    "seal",
-    "unseal",
 ]
 
-FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 20
 """A hash covers at most this many bytes, so a resharding read verifies the ranges it takes without reading whole objects."""
 CHUNK_BYTES = 16 << 20
@@ -54,19 +46,10 @@ CHUNK_BYTES = 16 << 20
 OBJECT_BYTES = 64 << 20
 """No data object is larger, so that every one is a single PUT."""
 HASH_BYTES = 32
-MAX_RECORD_BYTES = 64 << 20
 MAX_PART_BYTES = 1 << 30
 _PART_MAGIC = b"HOLDFAST-PART-1\n"
-_SEAL_HEAD = b'{"blake3":"'
-_SEAL_BODY = b'","body":'
 _MAX_DIMENSIONS = 64
 _MAX_ARRAY_BYTES = 1 << 61
-
-
-class _AnyRecord(msgspec.Struct, frozen=True):
-    """What every record of every version begins with."""
-
-    format: int
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,56 +196,8 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     document: bytes
 
 
-Record = TypeVar("Record", RunRecord, Head, Root, PinnedBy, StagedRecord)
-
-
-def digest(data: bytes | memoryview) -> str:
-    """BLAKE3-256 as 64 hexadecimal digits."""
-    return blake3(data).hexdigest()
-
-
 def head_key(number: int) -> str:
     return f"heads/{number:08d}.json"
-
-
-def seal(record: msgspec.Struct) -> bytes:
-    """A record as sealed JSON. Raises UsageError when it holds what JSON cannot, or is too large to be read back."""
-    try:
-        body = msgspec.json.encode(record)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"a {type(record).__name__} record cannot be written: {error}") from error
-    if len(body) > MAX_RECORD_BYTES - 256:
-        raise UsageError(
-            f"a {type(record).__name__} record of {len(body)} bytes is too large; make its metadata smaller"
-        )
-    return _SEAL_HEAD + digest(body).encode("ascii") + _SEAL_BODY + body + b"}\n"
-
-
-def unseal(data: bytes, kind: type[Record], *, what: str) -> Record:
-    """Check the seal and the format version, then decode. `what` names the object in messages.
-
-    Raises IntegrityError when the hash does not match, FormatError when the content is not a `kind`, and RunConflict when a newer
-    holdfast has written it: that is no damage, and nothing older may be taken for the truth instead.
-    """
-    start = len(_SEAL_HEAD)
-    hexadecimal, separator = data[start : start + 64], data[start + 64 : start + 64 + len(_SEAL_BODY)]
-    if data[:start] != _SEAL_HEAD or separator != _SEAL_BODY or data[-2:] != b"}\n":
-        raise FormatError(f"{what}: not a holdfast record (torn, altered or something else)")
-    body = data[start + 64 + len(_SEAL_BODY) : -2]
-    if digest(body).encode("ascii") != hexadecimal:
-        raise IntegrityError(f"{what}: the bytes do not match their hash; the object has been altered or torn")
-    try:
-        version = msgspec.json.decode(body, type=_AnyRecord).format
-        if version > FORMAT_VERSION:
-            raise RunConflict(
-                f"{what}: written by a newer holdfast, in format {version}; this one reads format {FORMAT_VERSION}. Update holdfast"
-            )
-        record = msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise FormatError(f"{what}: not a valid record: {error}") from error
-    if version != FORMAT_VERSION:
-        raise FormatError(f"{what}: format {version} does not exist")
-    return record
 
 
 def encode_part(part: Part) -> bytes:

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, Head, head_key, seal, unseal
+from holdfast.checkpoint.format import Head, head_key
 from holdfast.core.clock import Clock
 from holdfast.core.errors import Fenced, IntegrityError, NotFound, RestoreError, RunRemoved, StoreUnavailable
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import FORMAT_VERSION, MAX_RECORD_BYTES, seal, unseal
 from holdfast.store.base import Store
 
 __all__ = ["Change", "Lineage", "Truth", "head_numbers", "read_head", "read_truth"]

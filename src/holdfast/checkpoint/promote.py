@@ -15,12 +15,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from holdfast.checkpoint.format import MAX_PART_BYTES, MAX_RECORD_BYTES, ObjectRef, digest
+from holdfast.checkpoint.format import MAX_PART_BYTES, ObjectRef
 from holdfast.checkpoint.retain import root_key
 from holdfast.checkpoint.threads import DaemonPool
 from holdfast.checkpoint.tier import Staged
 from holdfast.checkpoint.write import block_hashes
 from holdfast.core.errors import HoldfastError, IntegrityError
+from holdfast.core.sealed import MAX_RECORD_BYTES, digest
 from holdfast.store.base import Store
 
 __all__ = ["PROMOTION_BYTES", "Promoter", "keep_segments", "send"]

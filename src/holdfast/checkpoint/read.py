@@ -21,16 +21,7 @@ from blake3 import blake3
 
 from holdfast.checkpoint.assemble import Assembled, assemble
 from holdfast.checkpoint.collector import collector_paused
-from holdfast.checkpoint.format import (
-    BLOCK_BYTES,
-    MAX_PART_BYTES,
-    CheckpointRef,
-    Head,
-    Part,
-    Root,
-    decode_part,
-    digest,
-)
+from holdfast.checkpoint.format import BLOCK_BYTES, MAX_PART_BYTES, CheckpointRef, Head, Part, Root, decode_part
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.near import Near, NearFor, Readable
 from holdfast.checkpoint.retain import StoreOpener, read_root
@@ -44,6 +35,7 @@ from holdfast.core.errors import (
     RestoreError,
     RunRemoved,
 )
+from holdfast.core.sealed import digest
 from holdfast.store.base import Store
 
 __all__ = [

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from holdfast.checkpoint.format import FORMAT_VERSION, MAX_RECORD_BYTES, RunRecord, seal, unseal
+from holdfast.checkpoint.format import RunRecord
 from holdfast.checkpoint.heads import read_truth
 from holdfast.core.clock import Clock
 from holdfast.core.errors import IntegrityError, NotFound
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import FORMAT_VERSION, MAX_RECORD_BYTES, seal, unseal
 from holdfast.store.base import Store
 from holdfast.store.hygiene import describe_retention
 from holdfast.store.probe import probe_conditional_writes

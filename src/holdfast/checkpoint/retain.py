@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from holdfast.checkpoint.format import MAX_RECORD_BYTES, CheckpointRef, Head, Pin, PinnedBy, Root, digest, unseal
+from holdfast.checkpoint.format import CheckpointRef, Head, Pin, PinnedBy, Root
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.core.config import Duration, parse_duration_s
 from holdfast.core.errors import FormatError, HoldfastError, IntegrityError, NotFound, UsageError
+from holdfast.core.sealed import MAX_RECORD_BYTES, digest, unseal
 from holdfast.store.base import Store, is_key
 
 __all__ = [

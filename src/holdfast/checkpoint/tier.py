@@ -23,15 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TypeVar
 
-from holdfast.checkpoint.format import (
-    FORMAT_VERSION,
-    MAX_RECORD_BYTES,
-    CheckpointRef,
-    Head,
-    StagedRecord,
-    seal,
-    unseal,
-)
+from holdfast.checkpoint.format import CheckpointRef, Head, StagedRecord
 from holdfast.checkpoint.heads import head_numbers, read_head
 from holdfast.checkpoint.near import NearDisk
 from holdfast.checkpoint.read import CheckpointReader, Fallback, open_checkpoint
@@ -46,6 +38,7 @@ from holdfast.core.errors import (
     StoreUnavailable,
     UsageError,
 )
+from holdfast.core.sealed import FORMAT_VERSION, MAX_RECORD_BYTES, seal, unseal
 from holdfast.store.base import Store, is_key
 from holdfast.store.local import LocalStore
 

@@ -20,16 +20,13 @@ from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import (
     BLOCK_BYTES,
     CHUNK_BYTES,
-    FORMAT_VERSION,
     ArrayEntry,
     Chunk,
     ObjectRef,
     Part,
     PartRef,
     Root,
-    digest,
     encode_part,
-    seal,
 )
 from holdfast.checkpoint.known import KnownChunks, Location
 from holdfast.checkpoint.pack import NewObjects, Piece
@@ -37,6 +34,7 @@ from holdfast.checkpoint.retain import root_key
 from holdfast.checkpoint.snapshot import Snapshot
 from holdfast.core.errors import UsageError
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import FORMAT_VERSION, digest, seal
 from holdfast.store.base import Store
 
 __all__ = [

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import msgspec
 
-from holdfast.checkpoint.format import Head, RunRecord, digest
+from holdfast.checkpoint.format import Head, RunRecord
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.record import open_record
 from holdfast.core.clock import Clock
 from holdfast.core.contract import ENV_FRESH, ENV_PREVIOUS_STEP, ENV_RUN
 from holdfast.core.errors import DifferentRun, RunRemoved, UsageError
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import digest
 from holdfast.store.base import Store
 
 __all__ = ["Claim", "StoreFactory", "choose_url", "identity_digest", "open_run", "wants_fresh"]

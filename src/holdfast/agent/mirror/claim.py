@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from holdfast.checkpoint.format import Head, digest
+from holdfast.checkpoint.format import Head
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.record import open_record
 from holdfast.core.clock import Clock
 from holdfast.core.errors import DifferentRun, RunRemoved
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import digest
 from holdfast.store.base import Store
 
 __all__ = ["MIRROR_IDENTITY", "claim_mirror"]

@@ -17,7 +17,6 @@ from typing import Literal
 import msgspec
 
 from holdfast.checkpoint.format import (
-    FORMAT_VERSION,
     OBJECT_BYTES,
     ArrayEntry,
     CheckpointRef,
@@ -28,9 +27,7 @@ from holdfast.checkpoint.format import (
     PartRef,
     Pin,
     Root,
-    digest,
     encode_part,
-    seal,
 )
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import open_checkpoint
@@ -59,6 +56,7 @@ from holdfast.core.errors import (
     UsageError,
 )
 from holdfast.core.ids import TokenSource
+from holdfast.core.sealed import FORMAT_VERSION, digest, seal
 from holdfast.store.base import Store
 
 __all__ = ["Forked", "Mode", "fork"]

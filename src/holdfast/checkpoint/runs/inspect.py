@@ -11,22 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint.format import (
-    FORMAT_VERSION,
-    MAX_RECORD_BYTES,
-    CheckpointRef,
-    Head,
-    PinnedBy,
-    Root,
-    RunRecord,
-    unseal,
-)
+from holdfast.checkpoint.format import CheckpointRef, Head, PinnedBy, Root, RunRecord
 from holdfast.checkpoint.heads import read_truth
 from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
 from holdfast.checkpoint.record import read_record
 from holdfast.checkpoint.retain import StoreOpener, checkpoint_keys, read_root
 from holdfast.core.clock import Clock
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, UsageError
+from holdfast.core.sealed import FORMAT_VERSION, MAX_RECORD_BYTES, unseal
 from holdfast.store.base import Store
 
 __all__ = [

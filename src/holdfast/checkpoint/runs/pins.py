@@ -17,20 +17,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from holdfast.checkpoint.format import (
-    FORMAT_VERSION,
-    MAX_RECORD_BYTES,
-    CheckpointRef,
-    Head,
-    Pin,
-    PinnedBy,
-    seal,
-    unseal,
-)
+from holdfast.checkpoint.format import CheckpointRef, Head, Pin, PinnedBy
 from holdfast.checkpoint.heads import Lineage, read_truth
 from holdfast.checkpoint.read import CheckpointReader, open_checkpoint
 from holdfast.checkpoint.retain import StoreOpener
 from holdfast.core.errors import HoldfastError, IntegrityError, NotFound, RunConflict, StoreError
+from holdfast.core.sealed import FORMAT_VERSION, MAX_RECORD_BYTES, seal, unseal
 from holdfast.store.base import Store
 
 __all__ = [

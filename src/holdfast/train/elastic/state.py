@@ -11,8 +11,8 @@ from datetime import datetime
 import msgspec
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
-from holdfast.checkpoint.format import digest
 from holdfast.core.errors import FormatError, IntegrityError
+from holdfast.core.sealed import digest
 
 __all__ = ["MOST_BYTES", "JobState", "Node", "Page", "decode_page", "encode_page", "from_torch", "into_torch"]
 
