@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from holdfast.core.errors import FormatError, UsageError
+from holdfast.core.failures import Failure
 from holdfast.policy.backoff import Backoff, Fallback
 from holdfast.policy.retry import (
     Decision,
-    Failure,
     GiveUp,
     Hold,
     LaunchPool,

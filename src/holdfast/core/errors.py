@@ -16,6 +16,9 @@
     ├── RanksApart                  the ranks of a job could not agree: one is missing, or does something else
     ├── IntegrityError              bytes are missing, torn or altered: never loaded, always reported
     │   └── FormatError             the bytes do not follow the format (hostile, torn, or written by a newer version)
+    ├── ProviderError               the provider of machines did not do what was asked
+    │   ├── LaunchFailed            no machine: says why, and whether to ask again
+    │   └── OutcomeUnknown          the answer was lost; there may be a machine, now or later
     └── StoreError                  the store did not do what was asked
         ├── NotFound                confirmed absent
         ├── PermissionDenied        401 / 403: credentials are missing, expired or too narrow
@@ -34,6 +37,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from holdfast.core.failures import Failure
+
 __all__ = [
     "DifferentRun",
     "Fenced",
@@ -41,10 +46,13 @@ __all__ = [
     "HoldfastError",
     "HoldfastWarning",
     "IntegrityError",
+    "LaunchFailed",
     "NotFound",
+    "OutcomeUnknown",
     "PassedOver",
     "PermissionDenied",
     "Preempted",
+    "ProviderError",
     "RanksApart",
     "RestoreError",
     "RunConflict",
@@ -131,6 +139,22 @@ class IntegrityError(HoldfastError):
 
 class FormatError(IntegrityError):
     """Bytes do not follow the format."""
+
+
+class ProviderError(HoldfastError):
+    """The provider of machines did not do what was asked."""
+
+
+class LaunchFailed(ProviderError):
+    """There is no machine, and none will come of this request. `failure` says where it counts, as `core.failures.Failure`."""
+
+    def __init__(self, message: str, failure: Failure, *, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.failure, self.retry_after_s = failure, retry_after_s
+
+
+class OutcomeUnknown(ProviderError):
+    """The answer was lost. The same request with the same token says, at a provider that honours tokens, what came of it."""
 
 
 class StoreError(HoldfastError):

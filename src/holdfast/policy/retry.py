@@ -19,11 +19,11 @@ from typing import TypeAlias
 
 from holdfast.core.config import format_duration
 from holdfast.core.errors import UsageError
+from holdfast.core.failures import Failure
 from holdfast.policy.backoff import Backoff, Fallback
 from holdfast.policy.written import read_state, write_state
 
 __all__ = [
-    "Failure",
     "GiveUp",
     "Hold",
     "LaunchPool",
@@ -39,19 +39,6 @@ __all__ = [
     "next_try",
     "preempted",
 ]
-
-
-class Failure(Enum):
-    """Why a launch failed."""
-
-    NO_CAPACITY = "no capacity"
-    QUOTA = "the quota is used up"
-    THROTTLED = "the provider asks for fewer requests"
-    ERROR = "an error of the provider"
-    TIMEOUT = "it did not come up in time"
-    BAD_REQUEST = "the provider refuses the request as wrong"
-    NO_PERMISSION = "permission is missing"
-    NO_QUOTA = "the quota is zero"
 
 
 _AFTER_FAILURE, _AFTER_PREEMPTION, _IN_A_STORM = Backoff(30, 1800), Backoff(300, 3600), Backoff(60, 1800)

@@ -1,0 +1,1 @@
+"""Who has machines: clouds behind one small interface, and schedulers that launch by themselves."""
