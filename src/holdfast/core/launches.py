@@ -5,6 +5,7 @@
     launches/<n>/ended       controller   no machine of it is left, and what it has cost
     control/<n>/grant-<k>    controller   a machine of this launch may work: so long, at this price at most. The longest one holds
     control/<n>/command-<k>  controller   stop, or go home
+    control/cancel           anybody      the run is given up: nothing more is launched for it
     machines/<n>/holder      machine      this machine, and no other, works for the launch
     machines/<n>/word-<k>    machine      ready, claimed, noticed, withdrawn, released
     machines/<n>/pulse       machine      how far it is; the one record that is overwritten, and that nothing depends on
@@ -28,8 +29,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.failures import Failure
 
 __all__ = [
+    "CANCEL_KEY",
     "Allowed",
     "Answer",
+    "Cancel",
     "Command",
     "Ended",
     "GrantRecord",
@@ -169,6 +172,21 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["stop", "home"]
     """`stop`: final checkpoint, then end. `home`: a standby that is not needed ends without having claimed."""
     reasons: tuple[str, ...]
+    at_unix_s: float = 0.0
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True):
+    """The run is given up. Written by whoever may write `control/`, with or without a controller."""
+
+    format: int
+    nonce: str
+    now: bool
+    """Machines are ended at once; else they are told to stop, and save what they have."""
+    reason: str
+    at_unix_s: float
+
+
+CANCEL_KEY = "control/cancel"
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):

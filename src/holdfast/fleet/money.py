@@ -1,0 +1,74 @@
+"""The budget of a run, summed up from its records each time it is asked: nothing is remembered that the store does not hold."""
+
+from __future__ import annotations
+
+from holdfast.core.launches import Allowed, GrantRecord
+from holdfast.fleet.terms import Terms
+from holdfast.fleet.view import LaunchView, RunView
+from holdfast.policy import budget
+from holdfast.policy.budget_facts import BudgetState, Grant, LaunchAsk
+
+__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "lifetime_s", "used_s"]
+
+
+def as_grant(record: GrantRecord) -> Grant:
+    return Grant(
+        ask=LaunchAsk(
+            launch=record.launch, machine_microusd_h=record.machine_microusd_h, extras_microusd_h=record.extras_microusd_h,
+            once_microusd=record.once_microusd, nodes=record.nodes, uses=record.uses, outside_s=record.outside_s,
+            grace_s=record.grace_s, minimum_s=record.minimum_s, least_s=record.least_s, wants_s=record.wants_s,
+        ),
+        lifetime_s=record.lifetime_s,
+    )  # fmt: skip
+
+
+def ask_for(launch: int, allowed: tuple[Allowed, ...], terms: Terms) -> LaunchAsk:
+    """What is reserved: the dearest pool that the provider may pick."""
+    return LaunchAsk(
+        launch=launch,
+        machine_microusd_h=max(each.ceiling_microusd_h for each in allowed),
+        extras_microusd_h=terms.extras_microusd_h,
+        outside_s=terms.outside_s,
+        grace_s=terms.grace_s,
+        minimum_s=terms.guarantees.minimum_s,
+        least_s=terms.changeover_s + terms.useful_s,
+    )
+
+
+def budget_of(view: RunView) -> BudgetState:
+    """What is spent and reserved."""
+    state = BudgetState()
+    for launch in view.launches:
+        for record in launch.grants:
+            state = budget.recall(state, as_grant(record))
+        if not launch.grants:
+            continue
+        if launch.ended is not None:
+            state = budget.ended(state, launch.launch, launch.ended.cost_microusd)
+            continue
+        if launch.evidence.machines:
+            state = budget.seen(state, launch.launch)
+        if launch.metered_s:
+            state = budget.metered(state, launch.launch, launch.metered_s, launch.metered_microusd)
+    return state
+
+
+def used_s(launch: LaunchView, now_s: int) -> int:
+    """How much of its lifetime the machine has used, or more: it has booted after it was created."""
+    created_s = launch.machine.created_unix_s if launch.machine is not None else None
+    if created_s is None:
+        created_s = launch.answer.at_unix_s if launch.answer is not None else now_s
+    return max(0, now_s - int(created_s))
+
+
+def lifetime_s(launch: LaunchView) -> int:
+    """As granted; 0 without a grant."""
+    return max((record.lifetime_s for record in launch.grants), default=0)
+
+
+def grant_left_s(launch: LaunchView, now_s: int) -> int:
+    """Until the machine has to be gone, grace and boot included; below zero: it is overdue."""
+    if not launch.grants:
+        return 0
+    grant = as_grant(max(launch.grants, key=lambda record: record.lifetime_s))
+    return grant.ask.billed_s(grant.lifetime_s) - used_s(launch, now_s)
