@@ -45,14 +45,14 @@ def phase_of(launch: LaunchView) -> Phase:
 
 
 def is_absent(view: RunView, launch: LaunchView, terms: Terms, since_s: float) -> bool:
-    """Whether lists prove that nothing of this launch is there, if something could be there since `since_s` at the latest.
+    """Whether lists prove that nothing of this launch is there, if something can have come until `since_s` at the latest.
 
     A list may be as old as the provider's window; one alone proves nothing, since lists come from several servers.
     """
-    window_s, from_s = terms.guarantees.list_delay_s, launch.evidence.absent_since_s
-    if from_s is None or view.listed_s is None:
+    from_s = launch.evidence.absent_since_s
+    if from_s is None or view.listed_s is None or view.listed_s <= from_s:
         return False
-    return from_s >= since_s and view.listed_s >= max(from_s, int(since_s)) + max(1, window_s)
+    return view.listed_s >= max(from_s, int(since_s)) + max(1, terms.guarantees.list_delay_s)
 
 
 def is_superseded(view: RunView, launch: LaunchView) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "Metered",
     "Offered",
     "Read",
+    "Record",
     "RunView",
     "see",
 ]

@@ -20,6 +20,7 @@ from holdfast.core.clock import Clock
 from holdfast.core.launches import Allowed, Pool
 
 __all__ = [
+    "Bill",
     "Check",
     "Delegate",
     "DelegateJob",
@@ -144,6 +145,16 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """What one machine has cost, by the provider's own prices and rules."""
+
+    billed_s: int
+    microusd: int
+    final: bool
+    """The machine is gone, and all prices of its life are known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
     """What is billed, or in the way, without a machine: a volume, an address, a template."""
 
@@ -194,6 +205,11 @@ class Instances(Protocol):
 
     def machines(self, fleet: str, run_id: str | None = None) -> list[Machine]:
         """What is there of this fleet, and for a while what has been. May be `guarantees.list_delay_s` old. ProviderError."""
+        ...
+
+    def bill(self, machine: Machine) -> Bill:
+        """What it has cost so far, disks and addresses included: by the prices that held while it was there, per second, with the
+        provider's minimum, and with what is free after a preemption. ProviderError."""
         ...
 
     def terminate(self, machines: Sequence[Machine]) -> None:
@@ -252,7 +268,7 @@ class Delegate(Protocol):
     name: str
 
     def submit(self, job: DelegateJob) -> str:
-        """Submit once and return the scheduler's id; of the job that is there, if this token was submitted before. ProviderError."""
+        """Submit once; the scheduler's id, of the job that is there if this token was submitted before. ProviderError."""
         ...
 
     def status(self, id: str) -> DelegateStatus: ...
