@@ -105,8 +105,8 @@ def work_left_s(view: RunView, terms: Terms) -> int:
 
 
 def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | None) -> MarketView | None:
-    """What the policy says now. Asked once a tick, and again in the same tick, with the memory from before, when a pool that it
-    counted on could not be had. None: no offers are known yet."""
+    """What the policy says now, where `running` works or is on its way. Asked once a tick, and again in the same tick, with the
+    memory from before, when a pool that it counted on could not be had, or something else runs. None: no offers are known yet."""
     spot = sorted((offer for offer in view.offers if offer.pool.market == "spot"), key=lambda offer: offer.pool)
     demand = [offer.microusd_h for offer in view.offers if offer.pool.market == "on-demand"]
     demand += [offer.on_demand_microusd_h for offer in spot] if not demand else []
@@ -124,7 +124,8 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
     if last is not None and (last.before.policy, len(last.before.memory)) != (fresh.policy, len(fresh.memory)):
         last = None  # other pools than before
     is_new = last is None or now_s - last.asked_s >= terms.tick_s
-    if last is not None and not is_new and last.unavailable == unavailable:
+    name = None if here is None else here.name
+    if last is not None and not is_new and (last.unavailable, last.here) == (unavailable, name):
         return last
     before = fresh if last is None else last.after if is_new else last.before
     is_here = here is not None and (here.market == "on-demand" or here.name in pools)
@@ -133,7 +134,7 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
         now_s=min(max(0, now_s - terms.started_unix_s), LONGEST_S),
         tick_s=terms.tick_s,
         work_left_s=min(work_left_s(view, terms), LONGEST_S),
-        running=_running(here) if is_here and here is not None else Running(),
+        running=_running(here, _coming_s(running, terms, now_s)) if is_here and here is not None else Running(),
         offers=tuple(
             PolicyOffer(offer.pool.name, None if offer.pool.name not in held else False, offer.microusd_h)
             if here != offer.pool
@@ -145,7 +146,7 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
     after, decision = policy.decide(context, before)
     asked_s = now_s if is_new or last is None else last.asked_s
     return MarketView(
-        asked_s, before, after, decision.market.value, decision.pool, decision.reasons, unavailable
+        asked_s, before, after, decision.market.value, decision.pool, decision.reasons, unavailable, name
     )  # fmt: skip
 
 
@@ -161,8 +162,17 @@ def _job(terms: Terms) -> Job:
     return Job(work_s=work_s, deadline_s=max(1, min(deadline_s, LONGEST_S)), changeover_s=terms.changeover_s)
 
 
-def _running(pool: Pool) -> Running:
-    return Running(Market.ON_DEMAND) if pool.market == "on-demand" else Running(Market.SPOT, pool.name)
+def _coming_s(launch: LaunchView | None, terms: Terms, now_s: int) -> int:
+    """Until it works, as a rule."""
+    if launch is None or launch.claimed is not None or launch.answer is None:
+        return 0
+    return min(terms.changeover_s, max(1, int(launch.answer.at_unix_s) + terms.changeover_s - now_s))
+
+
+def _running(pool: Pool, coming_s: int) -> Running:
+    if pool.market == "on-demand":
+        return Running(Market.ON_DEMAND, changeover_left_s=coming_s)
+    return Running(Market.SPOT, pool.name, coming_s)
 
 
 def where(view: RunView, terms: Terms, now_s: int, market: MarketView) -> Place | Wait:

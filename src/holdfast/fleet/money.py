@@ -57,7 +57,7 @@ def used_s(launch: LaunchView, now_s: int) -> int:
     """How much of its lifetime the machine has used, or more: it has booted after it was created."""
     created_s = launch.machine.created_unix_s if launch.machine is not None else None
     if created_s is None:
-        created_s = launch.answer.at_unix_s if launch.answer is not None else now_s
+        created_s = launch.intent.created_unix_s if launch.intent is not None else now_s
     return max(0, now_s - int(created_s))
 
 

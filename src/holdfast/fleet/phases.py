@@ -52,7 +52,7 @@ def is_absent(view: RunView, launch: LaunchView, terms: Terms, since_s: float) -
     from_s = launch.evidence.absent_since_s
     if from_s is None or view.listed_s is None or view.listed_s <= from_s:
         return False
-    return view.listed_s >= max(from_s, int(since_s)) + max(1, terms.guarantees.list_delay_s)
+    return view.listed_s > max(from_s, int(since_s)) + terms.guarantees.list_delay_s
 
 
 def is_superseded(view: RunView, launch: LaunchView) -> bool:

@@ -243,7 +243,7 @@ class Controller:
         else:
             record = Answer(
                 format=FORMAT_VERSION, launch=launch, nonce=nonce, outcome="machine", machine=machine.id, pool=machine.pool,
-                microusd_h=machine.microusd_h, at_unix_s=float(now_s),
+                microusd_h=machine.microusd_h, at_unix_s=float(self._now_s()),
             )  # fmt: skip
         return self._answer(launch, record)
 

@@ -101,7 +101,7 @@ def _want(view: RunView, terms: Terms, now_s: int) -> tuple[RunView, tuple[Instr
     working = workers[-1] if workers else None
     ahead = next((each for each in reversed(view.launches) if phases[each.launch] in _AHEAD), None)
     going = working is not None and (working.notice is not None or working.told("stop"))
-    market = ask_market(view, terms, now_s, None if going else working)
+    market = ask_market(view, terms, now_s, working if working is not None and not going else ahead)
     if market is None:
         return view, (), Outlook(("no pool is known yet",))
     view = replace(view, market=market)

@@ -118,6 +118,8 @@ class MarketView:
     reasons: tuple[str, ...]
     unavailable: tuple[str, ...]
     """The pools that could not be had when it was asked."""
+    here: str | None
+    """The pool of what ran, or was on its way."""
 
 
 @dataclass(frozen=True, slots=True)
