@@ -1,4 +1,4 @@
-"""Random markets, prices, faults, machines that never claim, controllers that die: spend stays below the cap, and nothing is left."""
+"""Random markets and faults, machines that never claim, controllers that die: spend stays below the cap, and nothing is left."""
 
 from __future__ import annotations
 
