@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imagined import Faults, Fuse, GivenUp, Spec, pool
@@ -80,3 +81,23 @@ def test_never_above_the_cap(
             if each.exit_code == 78:
                 assert each.kept_s <= world.cloud.durable_s
                 assert each.done_s <= world.cloud.durable_s
+
+
+@pytest.mark.parametrize("market", ["spot", "on-demand"])
+def test_the_edge_is_sharp(market: str) -> None:
+    """At the dearest price that was granted for, cap after cap: the last grant uses what there is, and nothing more is spent."""
+    pools = {
+        pool("z0", market): Spec(lambda _: DEMAND_MICROUSD_H, lambda _: True),
+        pool("z1", "on-demand"): Spec(lambda _: DEMAND_MICROUSD_H, lambda _: True),
+    }
+    for cap in range(500_000, 2_500_000, 200_000 if not LONG else 10_000):
+        world = World(pools=pools, budget_microusd=cap, work_s=20_000)
+        over = world.play()
+        assert over.outcome == "budget", world.story()
+        world.check_end()
+        spent = world.cloud.spent_microusd()
+        # What a launch needs at least, or the time that is reserved for the end and was not used.
+        assert cap - spent < 500_000, (cap, spent)
+        assert all(each.done_s <= world.cloud.durable_s for each in world.cloud.machines_), (
+            "a last step that was not saved"
+        )
