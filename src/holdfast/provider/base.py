@@ -21,6 +21,7 @@ from holdfast.core.launches import Allowed, Pool
 
 __all__ = [
     "Bill",
+    "BootFacts",
     "Check",
     "Delegate",
     "DelegateJob",
@@ -58,6 +59,22 @@ class Guarantees:
     """From the create call until the machine's own timer runs, at most as a rule; billed."""
     stop_s: int
     """From the request to end until it is billed no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootFacts:
+    """How a fresh machine of this provider is made one of holdfast's; see `core.bootstrap`."""
+
+    end_command: str
+    """Ends the machine it is run on, for good: nothing of it is billed any more, or the provider sees to the rest."""
+    machine_command: str = ""
+    """Prints the provider's name of the machine."""
+    folder: str = "/var/lib/holdfast"
+    python: str = "python3"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What processes on the machine need to know, and anybody may: a region, an endpoint."""
+    boot_limit_s: int = 900
+    """From the boot until there is a grant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +205,7 @@ class Instances(Protocol):
 
     name: str
     guarantees: Guarantees
+    boot_facts: BootFacts
     clock: Clock
     """By which this provider bills: the system's, or that of a rehearsal."""
 

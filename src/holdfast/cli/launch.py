@@ -1,0 +1,251 @@
+"""`holdfast launch JOB.YAML` and `holdfast controller URL`: put a run on the cheapest capacity that will do, and keep it alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from holdfast.cli.terminal import DryRun, Json, Yes, opened_stores
+from holdfast.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from holdfast.core.jobfile import JobFile
+    from holdfast.fleet.instructions import Over
+    from holdfast.fleet.mandate import Mandate
+    from holdfast.fleet.starting import FirstChoice
+    from holdfast.provider.base import Instances, Offer
+    from holdfast.store.base import Store
+
+__all__ = ["controller", "launch"]
+
+Slice = Annotated[
+    str,
+    typer.Option(
+        "--slice",
+        metavar="DURATION",
+        help="How far a machine's grant reaches: so long it works on when no controller lives.",
+    ),
+]
+
+
+def launch(
+    job: Annotated[Path, typer.Argument(metavar="JOB.YAML", help="What to run, on what, by when, for how much.")],
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--run", "--url", metavar="URL", help="Where the run lives; else the file's `checkpoint: {url: …}`."
+        ),
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="On top of `envs:`.")] = None,
+    cloud: Annotated[
+        str, typer.Option("--cloud", metavar="PLACE", help="A rehearsal cloud's folder, or a GCP project.")
+    ] = "",
+    fleet: Annotated[
+        str, typer.Option("--fleet", metavar="NAME", help="Tagged on everything that is launched.")
+    ] = "default",
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Leave the controller running in the background.")
+    ] = False,
+    slice_: Slice = "1 h",
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Launch a run: the cheapest capacity that keeps deadline and budget, replaced when it is taken, ended when it is done.
+
+    Prices and what is reserved are shown first. The controller is this process: while it lives, a preempted run is launched
+    again. When it is stopped (Ctrl-C, a closed laptop), what runs goes on to the end of its grant, and nothing is launched any
+    more; `holdfast controller URL` goes on.
+
+    \b
+    Examples:
+      holdfast launch job.yaml --dry-run
+      holdfast launch job.yaml -y -d
+      holdfast launch job.yaml --run s3://bucket/runs/gpt-7 --env SEED=7
+
+    \b
+    Exit codes: 0 the run is done; 130 it was cancelled; 78 the budget is used up; 69 no capacity that will do; else the job's own.
+    JSON keys of --dry-run: run, provider, offers[pool, usd_h, on_demand_usd_h], launch[pools, reasons], reasons.
+    """
+    from holdfast.core.clock import SystemClock
+    from holdfast.core.ids import random_token
+    from holdfast.core.jobfile import read_job
+    from holdfast.fleet.mandate import Mandate, commission, provider_of, wanted_of
+    from holdfast.fleet.starting import first_choice
+    from holdfast.provider.registry import instances_named
+
+    read = _with_envs(read_job(job), env or [])
+    text = job.read_text(encoding="utf-8")
+    home = url or (read.checkpoint.url if read.checkpoint is not None and read.checkpoint != "none" else None)
+    if home is None:
+        raise UsageError(
+            "where does the run live? Give --run URL, or `checkpoint: {url: s3://bucket/runs/name}` in the job file"
+        )
+    provider = instances_named(provider_of(read), cloud, wanted_of(read).regions)
+    with opened_stores() as open_home:
+        store = open_home(home)
+        trial = Mandate(
+            format=1, nonce="", run_id="", fleet=fleet, provider=provider.name, place=cloud, job_text=text,
+            started_unix_s=int(provider.clock.unix_s()),
+        )  # fmt: skip
+        choice = first_choice(trial, store.url, provider)
+        _show(choice, store.url, provider, json=json)
+        if dry_run:
+            return
+        if not yes:
+            _ask()
+        mandate = commission(
+            read,
+            text,
+            store,
+            provider,
+            place=cloud,
+            fleet=fleet,
+            base=job.resolve().parent,
+            clock=SystemClock(),
+            tokens=random_token,
+        )
+        if detach:
+            _detach(store.url, slice_)
+            return
+        _leave(_control(mandate, store, provider, slice_))
+
+
+def controller(url: Annotated[str, typer.Argument(metavar="URL", help="The run.")], slice_: Slice = "1 h") -> None:
+    """Go on with a run that was launched: watch it, launch it again when it is preempted, end what must end.
+
+    All that is needed lies under the run's URL. Two controllers of one run do no harm.
+
+    \b
+    Examples:
+      holdfast controller s3://bucket/runs/gpt
+    """
+    from holdfast.fleet.mandate import read_mandate
+    from holdfast.provider.registry import instances_named
+
+    with opened_stores() as open_home:
+        store = open_home(url)
+        mandate = read_mandate(store)
+        _leave(_control(mandate, store, instances_named(mandate.provider, mandate.place), slice_))
+
+
+def _control(mandate: Mandate, store: Store, provider: Instances, slice_: str) -> Over | None:
+    from holdfast.core.clock import SystemClock
+    from holdfast.core.config import parse_duration_s
+    from holdfast.core.ids import random_token
+    from holdfast.fleet.shell import Pace
+    from holdfast.fleet.starting import controller_of
+    from holdfast.ledger.append import Ledger
+
+    stopped: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: stopped.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    clock = SystemClock()
+    ledger = Ledger(store, attempt=0, node=f"controller-{random_token()[:8]}", clock=clock)
+    try:
+        made = controller_of(
+            mandate, store, provider, clock=clock, tokens=random_token, sink=ledger,
+            say=lambda line: typer.echo(line, err=True), pace=Pace(), slice_s=int(parse_duration_s(slice_)),
+        )  # fmt: skip
+        over = made.run(lambda: bool(stopped))
+    finally:
+        ledger.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if over is None:
+        typer.echo(
+            f"holdfast: the controller has stopped. What runs goes on until its grant ends, and is not replaced when it is taken. "
+            f"Go on: holdfast controller {store.url}. End it: holdfast cancel {store.url}",
+            err=True,
+        )
+    return over
+
+
+def _leave(over: Over | None) -> None:
+    if over is None:
+        raise typer.Exit(130)
+    typer.echo(f"holdfast: {over.outcome}: {'; '.join(over.reasons)}", err=True)
+    raise typer.Exit(over.exit_code)
+
+
+def _with_envs(job: JobFile, given: list[str]) -> JobFile:
+    import msgspec
+
+    envs = dict(job.envs)
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise UsageError(f"--env takes NAME=VALUE, not {each!r}")
+        envs[name] = value
+    return msgspec.structs.replace(job, envs=envs)
+
+
+def _show(choice: FirstChoice, url: str, provider: Instances, *, json: bool) -> None:
+    from holdfast.cli.checkpoint_tables import print_json, print_table
+
+    ranked = sorted(choice.offers, key=lambda offer: offer.microusd_h)
+    allowed = {each.pool: each for each in choice.launch.allowed} if choice.launch is not None else {}
+    reasons = choice.outlook.reasons
+    if json:
+        print_json(
+            {
+                "run": url, "provider": provider.name,
+                "offers": [
+                    {"pool": each.pool.name, "usd_h": each.microusd_h / 1e6, "on_demand_usd_h": each.on_demand_microusd_h / 1e6}
+                    for each in ranked
+                ],
+                "launch": None if choice.launch is None else {"pools": [pool.name for pool in allowed], "reasons": reasons},
+                "reasons": reasons,
+            }
+        )  # fmt: skip
+        return
+    typer.echo(f"Run {url} on {provider.name}:")
+    rows = [
+        [
+            each.pool.name,
+            f"${each.microusd_h / 1e6:,.4f}",
+            _below(each),
+            "may be launched now" if each.pool in allowed else "",
+        ]
+        for each in ranked[:20]
+    ]
+    print_table(["pool", ">per hour", ">below on demand", ""], rows)
+    for reason in reasons:
+        typer.echo(f"  {reason}")
+
+
+def _below(offer: Offer) -> str:
+    listed = offer.on_demand_microusd_h
+    return f"{1 - offer.microusd_h / listed:.0%}" if listed and offer.pool.market == "spot" else ""
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise UsageError("this spends money and there is no terminal to ask on; add --yes")
+    if not typer.confirm("Proceed?", default=True, err=True):
+        typer.echo("Nothing was launched.", err=True)
+        raise typer.Exit(1)
+
+
+def _detach(url: str, slice_: str) -> None:
+    """A session of its own, so that it outlives this terminal; not this machine's sleep."""
+    folder = Path("~/.local/state/holdfast/controllers").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{os.getpid()}.log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "holdfast", "controller", url, "--slice", slice_],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    typer.echo(
+        f"The controller runs as process {process.pid} on this machine, and writes to {path}. When this machine sleeps or ends, "
+        f"nothing replaces a preempted run. `holdfast status {url}` shows it, `holdfast cancel {url}` ends it."
+    )
