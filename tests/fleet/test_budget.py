@@ -12,7 +12,7 @@ from imagined import Faults, Fuse, GivenUp, Spec, pool
 from worlds import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, STEP_S, World
 
 from holdfast.policy.backoff import Fallback
-from holdfast.policy.market.rules_facts import Rules
+from holdfast.policy.market.rules_facts import Rules, SpotPolicy
 
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 MARKET_STEP_S = 300
@@ -101,3 +101,22 @@ def test_the_edge_is_sharp(market: str) -> None:
         assert all(each.done_s <= world.cloud.durable_s for each in world.cloud.machines_), (
             "a last step that was not saved"
         )
+
+
+def test_the_edge_holds_without_a_controller() -> None:
+    """Grants that use the cap up, and nobody there any more: the machine's own timer, and what is reserved for boot and end."""
+    pools = {pool("z0", "on-demand"): Spec(lambda _: DEMAND_MICROUSD_H, lambda _: True)}
+    closest = 10**9
+    for cap in range(480_000, 900_000, 60_000 if not LONG else 5_000):
+        for lives_s in (50, 400, 800):
+            world = World(
+                pools=pools, budget_microusd=cap, work_s=20_000, rules=Rules(spot_policy=SpotPolicy.ON_DEMAND)
+            )
+            controller = world.controller()
+            for _ in range(lives_s // STEP_S):
+                controller.step()
+                world.cloud.advance(STEP_S)
+            world.abandon(3600)
+            world.check_end(booked=False)
+            closest = min(closest, cap - world.cloud.spent_microusd())
+    assert closest < 10_000, "no grant came near its cap: this test has lost its edge"
