@@ -461,9 +461,16 @@ class ImaginedCloud:
         def end() -> None:
             for machine in machines:
                 known = next(each for each in self.machines_ if each.id == machine.id)
+                works = known.phase == "working" and self.owner[1] == known.id and not known.partitioned
+                in_time = known.uptime_s < self.lifetimes.get(known.id, 0)
+                if works and in_time and known.commanded() is None:
+                    self.thefts.append(f"{known.id} of launch {known.launch} is ended while it works")
                 known.shut_down("owner")
 
         self.fuse.around(end)
+
+    def extend(self, machine: Machine, expires_unix_s: int) -> None:
+        return None
 
     def leftovers(self, fleet: str) -> list[Leftover]:
         return []

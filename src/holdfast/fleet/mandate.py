@@ -158,6 +158,15 @@ def wanted_of(job: JobFile) -> Wanted:
     )
 
 
+def _spec_of(job: JobFile) -> MachineSpec:
+    resources, machine = job.resources, job.machine
+    usual = MachineSpec()
+    return MachineSpec(
+        image=resources.image_id, disk_gib=resources.disk_size or usual.disk_gib, disk_type=resources.disk_tier,
+        network=machine.network, role=machine.role, scopes=machine.scopes, local_ssd=machine.local_ssd,
+    )  # fmt: skip
+
+
 def _number(value: float | str | None) -> float | None:
     """`8`, `"8+"`: at least."""
     if value is None:
@@ -198,7 +207,7 @@ def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | 
     cap = None if job.budget is None else round(job.budget * _MICRO)
     return Terms(
         run_id=mandate.run_id, url=url, fleet=mandate.fleet, name=job.name or "job", provider=mandate.provider,
-        guarantees=provider.guarantees, wanted=wanted_of(job), spec=MachineSpec(), rules=rules,
+        guarantees=provider.guarantees, wanted=wanted_of(job), spec=_spec_of(job), rules=rules, labels=job.machine.labels,
         budget=BudgetLimits(
             cap_microusd=cap, max_microusd_h=rules.max_microusd_h, max_nodes=2, slice_s=slice_s or _DEFAULT_SLICE_S
         ),

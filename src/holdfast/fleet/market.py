@@ -18,6 +18,7 @@ from holdfast.policy import retry
 from holdfast.policy.market.base import MarketPolicy
 from holdfast.policy.market.facts import LONGEST_S, Context, Job, Market, Running
 from holdfast.policy.market.facts import Offer as PolicyOffer
+from holdfast.policy.market.reasons import about_time
 from holdfast.policy.market.registry import policy_named
 from holdfast.policy.market.rules import Ruled
 from holdfast.policy.retry import GiveUp, LaunchPool, RetryState, Search, WaitUntil, Want
@@ -145,8 +146,12 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
     )
     after, decision = policy.decide(context, before)
     asked_s = now_s if is_new or last is None else last.asked_s
+    # Where nobody has named a deadline, the one that the policy was told is no reason.
+    reasons = tuple(
+        each for each in decision.reasons if terms.deadline_unix_s is not None or each != about_time(context)
+    )
     return MarketView(
-        asked_s, before, after, decision.market.value, decision.pool, decision.reasons, unavailable, name
+        asked_s, before, after, decision.market.value, decision.pool, reasons, unavailable, name
     )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ class Controller:
         order = Order(
             token=token, fleet=terms.fleet, run_id=terms.run_id, launch=plan.launch, allowed=plan.allowed, spec=terms.spec,
             user_data=self._boot(plan.launch), lifetime_s=longest_s if not guarantees.enforces_lifetime else _LONGEST_LIFE_S,
-            expires_unix_s=now_s + longest_s,
+            expires_unix_s=now_s + longest_s, tags=terms.labels,
         )  # fmt: skip
         intent = Intent(
             format=FORMAT_VERSION, launch=plan.launch, nonce=self._records.nonce(), run_id=terms.run_id, fleet=terms.fleet,
@@ -218,7 +218,18 @@ class Controller:
         self._take([Read(ask.launch, found, self._now_s())])
         if won:
             self._emit("launch.granted", ask.launch, lifetime_s=given.grant.lifetime_s, reasons=list(given.reasons))
+            self._extend(given)
         return True
+
+    def _extend(self, given: Give) -> None:
+        """The tag by which leaks are found follows the grant. Where that fails, the next renewal tries again."""
+        machine, ask = self.view.of(given.grant.ask.launch).machine, given.grant.ask
+        if machine is None:
+            return
+        try:
+            self._provider.extend(machine, int(machine.created_unix_s) + ask.billed_s(given.grant.lifetime_s))
+        except ProviderError as error:
+            self._say(f"the tags of {machine.id} could not be renewed: {error}")
 
     def _call(self, launch: int) -> bool:
         """On fresh knowledge: what was suspended between the decision and here must not act on it."""

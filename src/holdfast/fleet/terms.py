@@ -3,6 +3,7 @@ dollar."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from holdfast.core.errors import UsageError
@@ -27,6 +28,7 @@ class Terms:
     wanted: Wanted
     spec: MachineSpec
     rules: Rules
+    labels: Mapping[str, str] = field(default_factory=dict)
     budget: BudgetLimits
     retry: RetryLimits = field(default_factory=RetryLimits)
     policy: str = "ours"

@@ -230,6 +230,10 @@ class Instances(Protocol):
         provider's minimum, and with what is free after a preemption. ProviderError."""
         ...
 
+    def extend(self, machine: Machine, expires_unix_s: int) -> None:
+        """Move the moment in its tags after which nobody can still want it, and in those of what belongs to it. ProviderError."""
+        ...
+
     def terminate(self, machines: Sequence[Machine]) -> None:
         """End these; those that are gone already are no error. Returns when it is asked for, not when it is done."""
         ...
