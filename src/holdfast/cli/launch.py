@@ -71,7 +71,8 @@ def launch(
 
     \b
     Exit codes: 0 the run is done; 130 it was cancelled; 78 the budget is used up; 69 no capacity that will do; else the job's own.
-    JSON keys of --dry-run: run, provider, offers[pool, usd_h, on_demand_usd_h], launch[pools, reasons], reasons.
+    JSON keys of --dry-run: run, provider, offers[pool, usd_h, on_demand_usd_h], launch[pools, reasons], reasons,
+      checks[name, ok, said, fix].
     """
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
@@ -98,6 +99,9 @@ def launch(
         _show(choice, store.url, provider, json=json)
         if dry_run:
             return
+        failed = [check for check in choice.checks if check.ok is False]
+        if failed:
+            raise UsageError(f"{len(failed)} of {len(choice.checks)} checks before the launch have failed, see above")
         if not yes:
             _ask()
         mandate = commission(
@@ -204,6 +208,7 @@ def _show(choice: FirstChoice, url: str, provider: Instances, *, json: bool) -> 
                 ],
                 "launch": None if choice.launch is None else {"pools": [pool.name for pool in allowed], "reasons": reasons},
                 "reasons": reasons,
+                "checks": [{"name": each.name, "ok": each.ok, "said": each.said, "fix": each.fix} for each in choice.checks],
             }
         )  # fmt: skip
         return
@@ -220,6 +225,11 @@ def _show(choice: FirstChoice, url: str, provider: Instances, *, json: bool) -> 
     print_table(["pool", ">per hour", ">below on demand", ""], rows)
     for reason in reasons:
         typer.echo(f"  {reason}")
+    for check in choice.checks:
+        mark = {True: "ok", False: "FAILED", None: "unknown"}[check.ok]
+        typer.echo(
+            f"  {mark}: {check.name}: {check.said}{f'. To mend it: {check.fix}' if check.fix and not check.ok else ''}"
+        )
 
 
 def _below(offer: Offer) -> str:

@@ -10,6 +10,7 @@ from holdfast.core.clock import Clock
 from holdfast.core.events import Sink
 from holdfast.core.ids import TokenSource
 from holdfast.core.jobfile import parse_job
+from holdfast.core.launches import client_token
 from holdfast.fleet.code import own_wheel
 from holdfast.fleet.instructions import Over, Propose
 from holdfast.fleet.mandate import Mandate, terms_of, wanted_of
@@ -18,7 +19,7 @@ from holdfast.fleet.shell import Controller, Pace
 from holdfast.fleet.state import Outlook, instruct
 from holdfast.fleet.terms import Terms
 from holdfast.fleet.view import Offered, RunView, see
-from holdfast.provider.base import Instances, Offer
+from holdfast.provider.base import Check, Instances, Offer, Order
 from holdfast.store.base import Store
 
 __all__ = ["FirstChoice", "boot_with", "controller_of", "first_choice"]
@@ -65,6 +66,8 @@ class FirstChoice:
     over: Over | None
     outlook: Outlook
     terms: Terms
+    checks: tuple[Check, ...]
+    """What the provider says to it. Empty where nothing would be launched."""
 
 
 def first_choice(mandate: Mandate, url: str, provider: Instances) -> FirstChoice:
@@ -75,4 +78,14 @@ def first_choice(mandate: Mandate, url: str, provider: Instances) -> FirstChoice
     view, instructions, outlook = instruct(see(RunView(), Offered(now_s, offers)), terms, now_s)
     launch = next((each for each in instructions if isinstance(each, Propose)), None)
     over = next((each for each in instructions if isinstance(each, Over)), None)
-    return FirstChoice(view.offers, launch, over, outlook, terms)
+    checks = () if launch is None else tuple(provider.preflight(_trial_order(launch, terms, now_s)))
+    return FirstChoice(view.offers, launch, over, outlook, terms, checks)
+
+
+def _trial_order(launch: Propose, terms: Terms, now_s: int) -> Order:
+    """As it would be placed, but for the script."""
+    return Order(
+        token=client_token("preflight", launch.launch), fleet=terms.fleet, run_id="preflight", launch=launch.launch,
+        allowed=launch.allowed, spec=terms.spec, user_data="#!/bin/sh\n", lifetime_s=terms.budget.slice_s,
+        expires_unix_s=now_s + terms.budget.slice_s, tags=terms.labels,
+    )  # fmt: skip
