@@ -4,6 +4,9 @@ The one line for holdfast is the callback. Start it, kill it, start it again wit
 
     python train.py --url ./runs/gpt2
 
+On several processes it is the same: `torchrun --nproc-per-node 2 train.py …`, or `accelerate launch`. With `--lora` the model is
+frozen and an adapter is trained over it; the frozen part is left out of the checkpoints.
+
 The model is made from a configuration: nothing is downloaded. `--proof FILE` writes a hash of the weights, by which a run that was
 killed and one that was not can be compared.
 """
@@ -46,6 +49,13 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": window, "labels": window, "attention_mask": torch.ones_like(window)}
 
 
+def with_adapter(model: GPT2LMHeadModel) -> Any:
+    """Needs `pip install peft`. A real one would be `from_pretrained`; this one is the same at every start because of the seed."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the number of threads decides in which order floats are summed
     torch.manual_seed(1)
@@ -60,16 +70,18 @@ def train(args: argparse.Namespace) -> None:
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "warmup_steps": 20, "lr_scheduler_type": "cosine",
         "logging_steps": 10, "eval_strategy": "steps", "eval_steps": 50, "save_strategy": "no", "report_to": [],
         "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(), "seed": 1,
+        "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    model = GPT2LMHeadModel(config)
     trainer = Trainer(
-        model=GPT2LMHeadModel(config),
+        model=with_adapter(model) if args.lora else model,
         args=TrainingArguments(**arguments),
         train_dataset=Windows(text[held_out:], args.context),
         eval_dataset=Windows(text[:held_out], args.context),
-        callbacks=[Callback(args.url, save_every=args.save_every)],
+        callbacks=[Callback(args.url, save_every=args.save_every, frozen="left out" if args.lora else "saved")],
     )
     trainer.train()
-    if args.proof:
+    if args.proof and trainer.is_world_process_zero():
         sha = hashlib.sha256()
         for name, tensor in trainer.model.state_dict().items():
             sha.update(name.encode() + tensor.cpu().numpy().tobytes())
@@ -83,6 +95,7 @@ def parse() -> argparse.Namespace:
         "--output", type=Path, default=Path("output"), help="the Trainer's folder (default: %(default)s)"
     )
     parser.add_argument("--save-every", default="auto", help="default: %(default)s")
+    parser.add_argument("--lora", action="store_true", help="train a LoRA adapter over the frozen model")
     parser.add_argument("--proof", type=Path, help="write a hash of the weights to this file")
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")

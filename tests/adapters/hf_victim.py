@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,24 @@ class StatefulStream(Stream):
         self.next = state["next"]
 
 
+def numbers(shards: list[int]) -> Iterator[dict[str, int]]:
+    for shard in shards:
+        for index in range(shard * SAMPLES // 4, (shard + 1) * SAMPLES // 4):
+            yield {"index": index}
+
+
+def from_datasets(buffered: bool) -> Any:
+    """A stream of Hugging Face's library, shuffled anew in every epoch if `buffered`."""
+    import datasets
+
+    made = datasets.IterableDataset.from_generator(numbers, gen_kwargs={"shards": list(range(4))})
+    made = made.shuffle(seed=3, buffer_size=8) if buffered else made
+    return made.map(lambda row: sample(row["index"]))
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Masks some of the input, as collators for language models do."""
-    ids = torch.stack([one["input_ids"] for one in samples])
+    ids = torch.stack([torch.as_tensor(one["input_ids"]) for one in samples])
     masked = torch.where(torch.rand(ids.shape) < 0.1, 0, ids) if samples[0].get("mask", True) else ids
     return {"input_ids": masked, "labels": ids, "index": torch.tensor([one["index"] for one in samples])}
 
@@ -95,6 +110,7 @@ class Model(GPT2LMHeadModel):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.used: list[int] = []
+        self.latest: list[int] = []
 
     def forward(
         self, input_ids: Any = None, labels: Any = None, index: torch.Tensor | None = None, **others: Any
@@ -102,6 +118,11 @@ class Model(GPT2LMHeadModel):
         if self.training and index is not None:
             self.used.extend(index.tolist())
         return super().forward(input_ids=input_ids, labels=labels, **others)
+
+
+def plain(model: Any) -> Any:
+    """Without its wrappers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class Recorder(TrainerCallback, ExportableState):
@@ -115,8 +136,9 @@ class Recorder(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"samples": list(self.samples), "events": list(self.events)}}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model = plain(model)
         self.samples.extend(model.used)
-        model.used.clear()
+        model.latest, model.used = model.used, []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.events.append(f"evaluated at {state.global_step}")
@@ -160,17 +182,31 @@ class Announcing(TrainerCallback):
         announce(self.place, "finishing", state.global_step)
 
 
-DATA = {"map": Noisy, "stream": Stream, "stateful-stream": StatefulStream}
+DATA: dict[str, Callable[[], Any]] = {
+    "map": Noisy, "odd": lambda: Noisy(43), "stream": Stream, "stateful-stream": StatefulStream,
+    "datasets": lambda: from_datasets(False), "shuffled-datasets": lambda: from_datasets(True),
+}  # fmt: skip
 
 
-def make_model() -> Model:
+def make_model(width: int = 16) -> Model:
     torch.manual_seed(7)
     return Model(
         GPT2Config(
-            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=width, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
             pad_token_id=0,
         )
     )  # fmt: skip
+
+
+def make_adapted(width: int, kind: str) -> Any:
+    """A frozen base with LoRA on its attention; `head`: with a layer that is trained whole (modules_to_save)."""
+    import peft
+
+    whole = {"modules_to_save": ["ln_f"]} if kind == "head" else {}
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["c_attn"], fan_in_fan_out=True, **whole
+    )
+    return peft.get_peft_model(make_model(width), config)
 
 
 def make_trainer(
@@ -181,9 +217,14 @@ def make_trainer(
     save_every: str = "2 steps",
     pause_in: str = "",
     callbacks: list[Any] | None = None,
+    adapter: str = "",
+    frozen: str = "saved",
+    width: int = 16,
+    scaler: bool = False,
     **arguments: Any,
 ) -> Trainer:
-    """The same Trainer every time. `arguments`: of TrainingArguments. Without `url`, as it is without holdfast."""
+    """The same Trainer every time. `arguments`: of TrainingArguments. Without `url`, as it is without holdfast. `scaler`: torch's
+    for the CPU, which the Trainer uses as it would a GPU's; its first steps overflow and are skipped."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     settings: dict[str, Any] = {
@@ -192,15 +233,20 @@ def make_trainer(
         "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 5, "remove_unused_columns": False,
         "dataloader_pin_memory": False, "include_num_input_tokens_seen": "all", **arguments,
     }  # fmt: skip
-    mine = [] if url is None else [Callback(url, save_every=save_every)]
-    return Trainer(
-        model=make_model(),
+    mine = [] if url is None else [Callback(url, save_every=save_every, frozen=frozen)]
+    trainer = Trainer(
+        model=make_adapted(width, adapter) if adapter else make_model(width),
         args=TrainingArguments(output_dir=output, **settings),
         train_dataset=DATA[data](),
         eval_dataset=Fixed(10) if settings.get("dataloader_persistent_workers") else Noisy(10),
         data_collator=collate,
         callbacks=[Announcing(pause_in), Recorder(), Smooth(), *mine, *(callbacks or [])],
     )
+    if scaler:
+        accelerator = trainer.accelerator
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21, growth_interval=3)
+    return trainer
 
 
 def outcome_of(trainer: Trainer) -> dict[str, Any]:
@@ -224,6 +270,7 @@ def outcome_of(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.state.global_step,
         "flos": trainer.state.total_flos,
         "best": [trainer.state.best_metric, trainer.state.best_global_step],
+        **({} if trainer.accelerator.scaler is None else {"scaler": trainer.accelerator.scaler.state_dict()}),
         **{name: digest(part) for name, part in parts.items()},
     }
 

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from holdfast.checkpoint.heads import read_truth
 from holdfast.core.contract import EXIT_PREEMPTED
 from holdfast.store.open import open_store
 
-HERE = Path(__file__).parent
+sys.path.append(str(Path(__file__).parent))
+
+import hf_zygote
+
 SAMPLES, BATCH, EPOCHS, EVALUATION_SAMPLES = 44, 4, 3, 10
 PER_EPOCH = SAMPLES // BATCH
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
-KILLS = 60 if LONG else 6
+KILLS = 60 if LONG else 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"eval_strategy": "epoch"},
     # 11 batches are 3 steps of 3 and one of 2; evaluations and logs fall into the middle of epochs and of each other.
@@ -42,14 +45,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Stops in the middle of an epoch.
     "max_steps": {"max_steps": 2 * PER_EPOCH + 4, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",
                   "eval_steps": 5, "metric_for_best_model": "loss"},
+    # The first steps overflow and are skipped; the scale goes down and up again.
+    "scaler": {"scaler": True, "optim": "adamw_torch", "gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
 }  # fmt: skip
-STEPS = {"plain": 33, "accumulating": 12, "workers": 12, "max_steps": 26}
+STEPS = {"plain": 33, "accumulating": 12, "workers": 12, "max_steps": 26, "scaler": 18}
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote(HERE / "hf_zygote.py") as process:
-        yield process
+def zygote(request: pytest.FixtureRequest) -> Zygote:
+    return hf_zygote.shared(request.config)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,16 @@ def test_uninterrupted(references: dict[str, dict[str, Any]]) -> None:
             assert sorted(used) == list(range(SAMPLES)) or (name == "max_steps" and len(set(used)) == len(used) == 16)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+def test_the_scaler_skips_steps(references: dict[str, dict[str, Any]]) -> None:
+    """Otherwise the trainings that are killed with it show nothing."""
+    rates = [entry["learning_rate"] for entry in references["scaler"]["history"] if "learning_rate" in entry]
+    assert rates[0] < 2e-3, "the first two steps were skipped, so the schedule stood still"
+    assert references["scaler"]["scaler"]["scale"] < 2.0**21
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "max_steps" else ()) for name in SETTINGS]
+)
 def test_random_kills(zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
     rng = random.Random(name)
     ground = ground_for(zygote, tmp_path, SETTINGS[name])
@@ -94,23 +107,28 @@ def test_random_kills(zygote: Zygote, references: dict[str, dict[str, Any]], tmp
 
 
 PLACES = [
-    ("plain", "stepping:1"),
-    ("plain", f"stepping:{PER_EPOCH}"),
-    ("plain", f"evaluating:{PER_EPOCH}"),
-    ("plain", f"ending:{3 * PER_EPOCH}"),
-    ("plain", f"finishing:{3 * PER_EPOCH}"),
-    ("accumulating", "stepping:4"),
-    ("accumulating", "evaluating:6"),
-    ("workers", "ending:8"),
-    ("workers", "evaluating:8"),
-    ("max_steps", "finishing:26"),
+    ("plain", "1 step", "stepping:1"),
+    ("plain", "3 steps", f"evaluating:{PER_EPOCH}"),
+    ("plain", "1 step", f"finishing:{3 * PER_EPOCH}"),
+    ("accumulating", "1 step", "stepping:4"),
+    ("accumulating", "3 steps", "evaluating:6"),
+    ("workers", "1 step", "ending:8"),
+]
+MORE_PLACES = [
+    ("plain", "1 step", f"stepping:{PER_EPOCH}"),
+    ("plain", "3 steps", f"ending:{3 * PER_EPOCH}"),
+    ("workers", "3 steps", "evaluating:8"),
+    ("scaler", "1 step", "stepping:3"),
+    ("max_steps", "1 step", "finishing:26"),
+    *((name, {"1 step": "3 steps", "3 steps": "1 step"}[every], place) for name, every, place in PLACES),
 ]
 
 
-@pytest.mark.parametrize(("name", "place"), PLACES)
-@pytest.mark.parametrize("every", ["1 step", "3 steps"])
+@pytest.mark.parametrize(
+    ("name", "every", "place"), [*PLACES, *(pytest.param(*each, marks=pytest.mark.long) for each in MORE_PLACES)]
+)
 def test_killed_at(
-    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, place: str, every: str
+    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, every: str, place: str
 ) -> None:
     ground = ground_for(zygote, tmp_path, SETTINGS[name])
     attempt = ground.start(pause_in=place, save_every=every)
@@ -120,7 +138,9 @@ def test_killed_at(
     assert ground.finish() == references[name]
 
 
-@pytest.mark.parametrize(("name", "step"), [("plain", 16), ("accumulating", 6), ("workers", 7)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("plain", 16), ("accumulating", 6), pytest.param("workers", 7, marks=pytest.mark.long)]
+)
 def test_a_notice_is_answered_with_a_checkpoint(
     zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, step: int
 ) -> None:
@@ -170,7 +190,7 @@ BEST: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("machine", ["the same machine", "another machine"])
+@pytest.mark.parametrize("machine", [pytest.param("the same machine", marks=pytest.mark.long), "another machine"])
 def test_the_best_model_survives_the_machine(zygote: Zygote, tmp_path: Path, machine: str) -> None:
     """The Trainer keeps it in a folder that goes with the machine."""
     reference = ground_for(zygote, tmp_path / "reference", {**BEST, "save_every": "epoch"}).finish()
@@ -186,7 +206,27 @@ def test_the_best_model_survives_the_machine(zygote: Zygote, tmp_path: Path, mac
     assert ground.finish() == reference
 
 
-@pytest.mark.parametrize("data", ["stream", "stateful-stream"])
+@pytest.mark.long
+@pytest.mark.parametrize("data", ["datasets", "shuffled-datasets"])
+def test_streams_of_datasets(zygote: Zygote, tmp_path: Path, data: str) -> None:
+    """Its state is used, unless a shuffle buffer would be lost: then the stream is read again."""
+    pytest.importorskip("datasets")
+    settings = {"data": data, "max_steps": 2 * PER_EPOCH + 5}
+    reference = ground_for(zygote, tmp_path / "reference", settings).finish()
+    first, second = (reference["samples"][start : start + SAMPLES] for start in (0, SAMPLES))
+    assert sorted(first) == sorted(second) == list(range(SAMPLES))
+    assert (first != second) == (data == "shuffled-datasets"), "set_epoch() reaches the stream"
+    ground = ground_for(zygote, tmp_path / "killed", {**settings, "save_every": "3 steps"})
+    for step in (5, PER_EPOCH + 1, 2 * PER_EPOCH + 4):
+        attempt = ground.start(pause_in=f"stepping:{step}")
+        attempt.wait_until(ground.place_reached)
+        attempt.signal(signal.SIGKILL)
+        attempt.wait()
+    assert ground.finish() == reference
+    assert ("a buffer that its state does not hold" in ground.log.read_text()) == (data == "shuffled-datasets")
+
+
+@pytest.mark.parametrize("data", [pytest.param("stream", marks=pytest.mark.long), "stateful-stream"])
 def test_streams(zygote: Zygote, tmp_path: Path, data: str) -> None:
     """Without a state, what was used is read and dropped, and a warning at the start says so; with one, nothing is."""
     settings = {"data": data, "max_steps": 2 * PER_EPOCH + 5, "save_every": "1 h"}
@@ -208,6 +248,7 @@ def test_streams(zygote: Zygote, tmp_path: Path, data: str) -> None:
     assert outcome == reference
 
 
+@pytest.mark.long
 def test_batches_of_similar_length(zygote: Zygote, tmp_path: Path) -> None:
     settings = {
         "train_sampling_strategy": "group_by_length",

@@ -127,6 +127,23 @@ def test_an_extended_run_equals_a_longer_one(tmp_path: Path) -> None:
         assert outcome[part] == expected[part], part
 
 
+def test_a_step_of_another_size(tmp_path: Path) -> None:
+    """The Trainer counts in steps: refused in the middle of an epoch, told at its end."""
+
+    def train(**settings: Any) -> int:
+        callback = Callback(tmp_path / "run", extend=True)
+        trainer = hf_victim.make_trainer(None, str(tmp_path / "output"), callbacks=[callback], **settings)
+        return int(trainer.train().global_step)
+
+    assert train(max_steps=3) == 3
+    with pytest.raises(UsageError, match="an optimizer step takes 4 → 2 samples in the middle of an epoch"):
+        train(per_device_train_batch_size=2, max_steps=9)
+    # Of the same size it may be made otherwise.
+    assert train(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1) == 11
+    with pytest.warns(HoldfastWarning, match="an optimizer step takes 4 → 2 samples from this epoch on"):
+        assert train(per_device_train_batch_size=2, num_train_epochs=2) == 11 + 22
+
+
 def test_what_it_does_to_a_trainer_is_undone(tmp_path: Path) -> None:
     skip = library.skip_first_batches
     trainer = trainer_in(tmp_path, eval_on_start=True)

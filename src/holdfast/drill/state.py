@@ -25,10 +25,12 @@ from holdfast.checkpoint.tree import decode_document
 from holdfast.core.errors import FormatError, RestoreError
 from holdfast.store.base import Store
 
-__all__ = ["GENERATORS", "Difference", "FinalState", "compare", "drawn_from", "newest_state"]
+__all__ = ["CLOCK", "GENERATORS", "Difference", "FinalState", "compare", "drawn_from", "newest_state"]
 
 GENERATORS = "random generators"
 """Under this name the global random generators are compared."""
+CLOCK = "wall_clock"
+"""What a tracked object keeps under this key is time that has passed: no two runs have it in common, and it is not compared."""
 _OWN = {"step": "step", "position": "position", "seed": "seed", "rng": GENERATORS}
 _NUMPY = {
     "bool": "?", "u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8",
@@ -84,7 +86,11 @@ def _leaves_of(reader: CheckpointReader, rank: int) -> dict[str, Any]:
     document = decode_document(reader.document(rank))
     own = document.get("holdfast") or {}
     leaves = dict(_leaves(document.get("tracked") or {}, "", reader))
-    leaves = {_with_parameter(name, own.get("parameters") or {}): leaf for name, leaf in leaves.items()}
+    leaves = {
+        _with_parameter(name, own.get("parameters") or {}): leaf
+        for name, leaf in leaves.items()
+        if name.split(".")[1:2] != [CLOCK]
+    }
     for key, name in _OWN.items():
         leaves |= dict(_leaves(own.get(key), name, reader))
     return leaves

@@ -19,7 +19,6 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 
-import holdfast
 from holdfast.core.bootstrap import Piece
 from holdfast.core.config import format_bytes
 from holdfast.core.errors import UsageError
@@ -121,7 +120,7 @@ def _ignores(pattern: str, name: str, is_folder: bool) -> bool:
 def own_wheel(store: Store) -> Piece:
     """Holdfast as it runs here, as a wheel in the store, also where it runs from its sources."""
     name = f"holdfast-{metadata.version('holdfast')}-py3-none-any.whl"
-    body = _wheel(Path(holdfast.__file__).parent)
+    body = _wheel(Path(__file__).parents[1])
     key = f"code/{digest(body)}/{name}"
     store.put_new(key, body)
     source = f"{store.url}/{key}"

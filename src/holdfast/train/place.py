@@ -294,7 +294,8 @@ class Place:
         """In the middle of an epoch: is this the loader whose batches were consumed? `chosen`: the script says how large a step
         is."""
         saved, here = state.get("batches"), made.describe()
-        free = (chosen or self._moved) and not made.draws_by_batch
+        same_steps = made.step_samples is not None and self._steps_before.get(self.position.phase) == made.step_samples
+        free = (chosen or self._moved or same_steps) and not made.draws_by_batch
         changed = [] if saved is None else _changes(saved, here, _SAME_ORDER if free else _SAME_BATCHES)
         over = saved is not None and saved.get("over", self.position.batch == saved.get("batches_per_epoch"))
         if over and (changed or self._moved or here["kind"] == "dataloader"):

@@ -11,24 +11,31 @@ import dataclasses
 import json
 import os
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import numpy as np
 import torch
 from transformers.trainer_callback import ExportableState
 
+from holdfast.core.errors import HoldfastWarning, UsageError
 from holdfast.train.loader_source import has_state
 
-__all__ = ["BestModel", "Book"]
+__all__ = ["BestModel", "Book", "is_time"]
 
 _SETTINGS = {
     "max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size", "stateful_callbacks",
     "is_local_process_zero", "is_world_process_zero", "is_hyper_param_search", "trial_name", "trial_params",
 }  # fmt: skip
 
+_NOT_THE_MODEL = ("optimizer.", "scheduler.", "scaler.", "rng_state", "trainer_state.", "training_args.")
+
 
 class Book:
-    """Tracked by the run. `state_dict` is asked at step boundaries; what `load_state_dict` is given reaches the Trainer when it
+    """Tracked by the run, on every rank for itself: unfinished averages differ, and each has callbacks of its own.
+
+    `state_dict` is asked at step boundaries; what `load_state_dict` is given reaches the Trainer when it
     is ready for it: `restore_state`, then `restore_averages`."""
 
     def __init__(self, trainer: Any, own_callback: object) -> None:
@@ -39,6 +46,8 @@ class Book:
         """How long former attempts trained, up to the checkpoint."""
         self._last: tuple[Any, Any] = (None, None)
         """Norm of the gradients and learning rate of the newest step."""
+        self.frozen = ""
+        """Fingerprint of what is left out of checkpoints."""
 
     @property
     def is_loaded(self) -> bool:
@@ -54,6 +63,7 @@ class Book:
             if field.name not in _SETTINGS
         }
         running_s = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        progress["log_history"], times = _without_times(progress["log_history"])
         return {
             "state": json.dumps(progress, default=_plain),
             "averages": {
@@ -64,8 +74,10 @@ class Book:
                 "flos": trainer.current_flos,
             },
             "last": list(self._last),
+            "step_samples": self._step_samples(),
+            "frozen": self.frozen,
             "callbacks": self._callback_states(),
-            "elapsed_s": self.earlier_s + running_s,
+            "wall_clock": {"elapsed_s": self.earlier_s + running_s, "logged": json.dumps(times, default=_plain)},
         }
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
@@ -73,14 +85,46 @@ class Book:
 
     # ---- what the driver asks
 
+    def check_frozen(self) -> None:
+        """Raises UsageError where what was left out is not what the script has loaded."""
+        if self._loaded["frozen"] != self.frozen:
+            raise UsageError(
+                'the frozen parameters are not those that this run was begun with, and with frozen="left out" its checkpoints do '
+                "not hold them: load the same base model, in the same dtype, before the adapter's training begins"
+            )
+
+    def check_step(self, *, in_epoch: bool) -> None:
+        """The Trainer counts in steps: their number, and the learning rates, follow from how many samples one takes. Raises
+        UsageError where that has changed in the middle of an epoch."""
+        before, now = self._loaded["step_samples"], self._step_samples()
+        if before == now:
+            return
+        args = self._trainer.args
+        what = f"an optimizer step takes {before} → {now} samples"
+        if not in_epoch:
+            warnings.warn(
+                f"{what} from this epoch on; the number of steps and the learning rates are those of the new size",
+                HoldfastWarning,
+                stacklevel=2,
+            )
+            return
+        size = f"{args.train_batch_size} a batch, {args.gradient_accumulation_steps} batches, {args.world_size} ranks"
+        raise UsageError(
+            f"{what} in the middle of an epoch (here: {size}), and the Trainer counts epochs and learning rates in steps. Set "
+            f"per_device_train_batch_size and gradient_accumulation_steps so that it is {before}, or go on as before until the "
+            "epoch ends"
+        )
+
     def restore_state(self) -> None:
         """Once the Trainer has made itself a new state."""
         tree, state = self._loaded, self._trainer.state
-        for name, value in json.loads(tree["state"]).items():
+        progress = json.loads(tree["state"])
+        _put_times_back(progress["log_history"], json.loads(tree["wall_clock"]["logged"]))
+        for name, value in progress.items():
             if hasattr(state, name):
                 setattr(state, name, value)
         self._trainer.current_flos = tree["averages"]["flos"]
-        self.earlier_s, self._last = tree["elapsed_s"], tuple(tree["last"])
+        self.earlier_s, self._last = tree["wall_clock"]["elapsed_s"], tuple(tree["last"])
         states = {kind: list(found) for kind, found in tree["callbacks"].items()}
         for callback in self._stateful():
             if found := states.get(type(callback).__name__):
@@ -103,6 +147,9 @@ class Book:
         if grad_norm is not None or learning_rate is not None:
             self._last = (grad_norm, learning_rate)
         return self._last
+
+    def _step_samples(self) -> int:
+        return int(self._trainer.get_total_train_batch_size(self._trainer.args))
 
     def _stateful(self) -> list[Any]:
         return [
@@ -129,36 +176,58 @@ def _load(callback: Any, state: Any) -> None:
         setattr(callback, name, value)
 
 
+def is_time(figure: str) -> bool:
+    """Whether a figure that the Trainer logs says how long something took, so that it is another one in every run."""
+    return figure.endswith(("_runtime", "_per_second", "_preparation_time"))
+
+
+def _without_times(history: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """With nothing in their places; and they, in order."""
+    rest = [{name: None if is_time(name) else value for name, value in entry.items()} for entry in history]
+    return rest, [value for entry in history for name, value in entry.items() if is_time(name)]
+
+
+def _put_times_back(history: list[dict[str, Any]], times: list[Any]) -> None:
+    left = iter(times)
+    for entry in history:
+        entry.update({name: next(left) for name in entry if is_time(name)})
+
+
 def _plain(value: Any) -> Any:
     """Metrics may be numpy's numbers."""
     return value.item()
 
 
 class BestModel:
-    """The weights that `load_best_model_at_end` will ask for. The Trainer keeps them in a folder of this machine, which goes with
-    it: a copy in host memory is part of every checkpoint (sent once, since it rarely changes)."""
+    """The files that `load_best_model_at_end` will ask for. The Trainer keeps them in a folder of this machine, which goes with
+    it: a copy in host memory is part of every checkpoint (sent once, since it rarely changes). Of several ranks, those keep it that
+    write the folder."""
 
     def __init__(self) -> None:
         self._step: int | None = None
-        self._weights: dict[str, torch.Tensor] = {}
+        self._files: dict[str, Any] = {}
 
-    def keep(self, model: torch.nn.Module, step: int) -> None:
-        self._step = step
-        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    def keep(self, folder: str, step: int) -> None:
+        """What the Trainer has just written, of the model only: its weights, or its adapter's, in the form that it reads."""
+        paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        names = {
+            path.relative_to(folder).as_posix(): path for path in paths if not path.name.startswith(_NOT_THE_MODEL)
+        }
+        self._step, self._files = step, {name: np.fromfile(path, np.uint8) for name, path in names.items()}
 
-    def put_back(self, folder: str, step: int | None) -> bool:
-        """Make the folder from which the Trainer loads them, if it is not there. False when these are not what it asks for."""
-        if os.path.isdir(folder):
-            return True
-        if not self._weights or step != self._step:
-            return False
-        os.makedirs(folder)
-        weights = {name: tensor.contiguous() for name, tensor in self._weights.items()}
-        safetensors.torch.save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-        return True
+    def put_back(self, folder: str, step: int | None) -> None:
+        """Make the folder from which the Trainer loads them, if it is not there and these are what it asks for."""
+        if os.path.isdir(folder) or not self._files or step != self._step:
+            return
+        made = Path(f"{folder}.{os.getpid()}")
+        for name, content in self._files.items():
+            path = made / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.tofile(path)
+        made.rename(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "weights": self._weights}
+        return {"step": self._step, "files": self._files}
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        self._step, self._weights = tree["step"], tree["weights"]
+        self._step, self._files = tree["step"], tree["files"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from transformers import Trainer, TrainerCallback
 
 from holdfast.core.errors import UsageError
+from holdfast.train.huggingface.book import is_time
 from holdfast.train.huggingface.driving import Driver
 from holdfast.train.huggingface.versions import check_version
 from holdfast.train.run import Run
@@ -26,12 +27,23 @@ class Callback(TrainerCallback):  # type: ignore[misc]
 
     Takes what `holdfast.Run` takes. The seed of the data order is `data_seed` or `seed` of the TrainingArguments; progress lines
     are left to the Trainer. The run is restored when training begins, if it has a checkpoint; it is marked as finished when
-    `train()` returns; a notice ends the process with exit code 75, as with every run.
+    `train()` returns; a notice ends the process with exit code 75, as with every run. Of several ranks, each makes one.
+
+    frozen: `"saved"` keeps parameters that are not trained in the checkpoint (they are sent once); `"left out"` saves a fingerprint
+        of them only, and leaves it to the script to load the same base model again.
     """
 
-    def __init__(self, url: str | os.PathLike[str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        frozen: Literal["saved", "left out"] = "saved",
+        **options: Any,
+    ) -> None:
         check_version()
-        self._url, self._options = url, options
+        if frozen not in ("saved", "left out"):
+            raise UsageError(f'frozen={frozen!r}: it is "saved" or "left out"')
+        self._url, self._options, self._keeps_frozen = url, options, frozen == "saved"
         self._driver: Driver | None = None
 
     @property
@@ -56,7 +68,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if sum(isinstance(callback, Callback) for callback in trainer.callback_handler.callbacks) > 1:
             raise UsageError("two holdfast callbacks for one Trainer: a training is one run, under one URL")
         self._make_run(args)  # so that what is wrong with its options shows now
-        self._driver = Driver(trainer, self, self._make_run)
+        self._driver = Driver(trainer, self, self._make_run, keeps_frozen=self._keeps_frozen)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._driver is None or self._driver.run is None:
@@ -79,10 +91,12 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             self._driver.saved(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Figures of a training go into the run's ledger as well."""
+        """Figures of a training go into the run's ledger as well; it has times of its own."""
         if self._driver is not None and self._driver.run is not None:
             figures = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
-            self._driver.run.log(**{name: value for name, value in figures.items() if name != "epoch"})
+            self._driver.run.log(
+                **{name: value for name, value in figures.items() if name != "epoch" and not is_time(name)}
+            )
 
 
 def _trainer_above() -> Trainer:

@@ -16,10 +16,12 @@ _inner_training_loop       in `with run`; while it lasts, these are wrapped on t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 import transformers.trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -27,9 +29,11 @@ from holdfast.core.errors import UsageError
 from holdfast.data.seeds import derive_seed
 from holdfast.train.huggingface.book import BestModel, Book
 from holdfast.train.huggingface.feed import Feed
+from holdfast.train.huggingface.frozen import TrainedPart
 from holdfast.train.huggingface.refusals import refuse_loader, refuse_trainer, tell_of_streams
 from holdfast.train.huggingface.versions import check_parts
 from holdfast.train.loader_twin import deafen
+from holdfast.train.replacing import replaced
 from holdfast.train.rng import preserved_rng, seed_rng
 from holdfast.train.run import Run
 
@@ -40,27 +44,12 @@ class _Finished(Exception):
     """The run was complete before: nothing is trained. Never leaves this module."""
 
 
-@contextmanager
-def _replaced(owner: Any, **parts: Any) -> Iterator[None]:
-    """Attributes of one object, until the block is left."""
-    before = {name: vars(owner)[name] for name in parts if name in vars(owner)}
-    for name, part in parts.items():
-        setattr(owner, name, part)
-    try:
-        yield
-    finally:
-        for name in parts:
-            if name in before:
-                setattr(owner, name, before[name])
-            else:
-                delattr(owner, name)
-
-
 class Driver:
     """One Trainer. `callback` is told of the Trainer's events; `make_run` is called for every `train()`."""
 
-    def __init__(self, trainer: Any, callback: Any, make_run: Callable[[Any], Run]) -> None:
+    def __init__(self, trainer: Any, callback: Any, make_run: Callable[[Any], Run], *, keeps_frozen: bool) -> None:
         check_parts(trainer)
+        self._keeps_frozen = keeps_frozen
         self._trainer, self._callback, self._make_run = trainer, callback, make_run
         self.run: Run | None = None
         self._feed: Feed | None = None
@@ -89,8 +78,8 @@ class Driver:
         try:
             with self.run, ExitStack() as stack:
                 stack.callback(self._let_go)
-                stack.enter_context(_replaced(trainer, **self._wrapped(trainer)))
-                stack.enter_context(_replaced(trainer.args, eval_on_start=trainer.args.eval_on_start))
+                stack.enter_context(replaced(trainer, **self._wrapped(trainer)))
+                stack.enter_context(replaced(trainer.args, eval_on_start=trainer.args.eval_on_start))
                 try:
                     return self._original_loop(*args, **kwargs)
                 except _Finished:
@@ -133,11 +122,13 @@ class Driver:
 
     def _take_loader(self, loader: Any) -> Feed:
         assert self.run is not None
-        batches_per_step = self._trainer.args.gradient_accumulation_steps
-        self._feed = Feed(self.run, loader, batches_per_step)
-        refuse_loader(self._feed.base, batches_per_step)
-        tell_of_streams(self._feed.base)
-        return self._feed
+        args = self._trainer.args
+        batches_per_step, world_size = args.gradient_accumulation_steps, args.world_size
+        feed = Feed(self.run, loader, batches_per_step, rank=args.process_index, world_size=world_size)
+        refuse_loader(loader, feed.base, batches_per_step, world_size)
+        tell_of_streams(feed.base)
+        self._feed = feed
+        return feed
 
     def _begin(
         self,
@@ -156,11 +147,14 @@ class Driver:
         self._prepared = prepare(max_steps, feed, None)
         init(max_steps, num_update_steps_per_epoch, num_train_epochs, None, trial)
         parts = {"scaler": getattr(trainer.accelerator, "scaler", None), "best_model": self._best_if_asked()}
-        run.track(model=trainer.model, optimizer=trainer.optimizer, scheduler=trainer.lr_scheduler, trainer=book,
+        run.track(model=self._tracked_model(), optimizer=trainer.optimizer, scheduler=trainer.lr_scheduler, trainer=book,
                   **{name: part for name, part in parts.items() if part is not None})  # fmt: skip
         run.restore()
         self._check(resume_from_checkpoint)
         if book.is_loaded:
+            book.check_frozen()
+            if not run.finished:
+                book.check_step(in_epoch=run.batch > 0)
             book.restore_state()
             self._find_best(trainer.state)
             trainer.args.eval_on_start = False
@@ -168,6 +162,14 @@ class Driver:
             raise _Finished
         feed.open(num_train_epochs)
         return run.epoch, feed.batches_done
+
+    def _tracked_model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self._trainer.model
+        if self._keeps_frozen:
+            return model
+        trained = TrainedPart(model)
+        self._book.frozen = trained.fingerprint()
+        return trained
 
     def _best_if_asked(self) -> BestModel | None:
         return self._best if self._trainer.args.load_best_model_at_end else None
@@ -184,7 +186,12 @@ class Driver:
 
     def _find_best(self, state: Any) -> None:
         folder = state.best_model_checkpoint
-        if folder is not None and not self._best.put_back(folder, state.best_global_step):
+        if folder is None:
+            return
+        if self._trainer.args.should_save:
+            self._best.put_back(folder, state.best_global_step)
+        self._trainer.accelerator.wait_for_everyone()
+        if not os.path.isdir(folder):
             state.best_model_checkpoint = None
 
     # ---- while it trains
@@ -202,8 +209,9 @@ class Driver:
 
     def saved(self, state: Any) -> None:
         """The Trainer has made a checkpoint of its own."""
-        if self._best_if_asked() is not None and state.best_global_step == state.global_step:
-            self._best.keep(self._trainer.model, state.global_step)
+        is_mine = self._best_if_asked() is not None and self._trainer.args.should_save
+        if is_mine and state.best_global_step == state.global_step and state.best_model_checkpoint is not None:
+            self._best.keep(state.best_model_checkpoint, state.global_step)
 
     def _run_epoch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._book.is_loaded or kwargs["epoch"] != kwargs["epochs_trained"]:
@@ -215,7 +223,7 @@ class Driver:
         def skipped(loader: Any, count: int = 0) -> Any:
             return loader if isinstance(loader, Feed) else skip(loader, count)
 
-        with _replaced(transformers.trainer, skip_first_batches=skipped):
+        with replaced(transformers.trainer, skip_first_batches=skipped):
             return original(*args, **kwargs)
 
     def _log(
@@ -234,11 +242,12 @@ class Driver:
         if self._is_evaluating or self.run is None:
             return original(*args, **kwargs)  # one of several evaluation sets
         self._is_evaluating = True
-        args_seed, step = self._trainer.args.seed, self._trainer.state.global_step
+        settings, step = self._trainer.args, self._trainer.state.global_step
         try:
             # Whether the loader's workers are new, which draws a seed for them, must not reach the training.
             with self.run.evaluating(), preserved_rng():
-                seed_rng(derive_seed(args_seed, "evaluation"), world_size=1, rank=0, step=step)
+                seed = derive_seed(settings.seed, "evaluation")
+                seed_rng(seed, world_size=settings.world_size, rank=settings.process_index, step=step)
                 return original(*args, **kwargs)
         finally:
             self._is_evaluating = False

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any, cast
 
-from holdfast.train.loader_source import length_or_none
+from holdfast.train.huggingface.streams import with_own_stream
+from holdfast.train.loader import ResumableLoader
 from holdfast.train.loader_twin import unwrapped
 from holdfast.train.run import Run
 
@@ -23,12 +24,14 @@ _END = object()
 
 class Feed:
     """`loader`: as the Trainer has prepared it; whatever else is asked of the feed, it answers. Its own way of iterating is left
-    out: it only moves batches to the device, which the Trainer does as well, and reads one batch ahead."""
+    out: it only moves batches to the device, which the Trainer does as well, and reads one batch ahead. How many batches an epoch
+    has is the run's to say, since it shares them out among the ranks."""
 
-    def __init__(self, run: Run, loader: Any, batches_per_step: int) -> None:
+    def __init__(self, run: Run, loader: Any, batches_per_step: int, *, rank: int, world_size: int) -> None:
         self._run, self._loader, self._batches_per_step = run, loader, batches_per_step
-        self.base = unwrapped(loader)
-        self._length = length_or_none(loader)
+        self.base = with_own_stream(unwrapped(loader))
+        figures = ResumableLoader(self.base, seed=0, warn=lambda _: None, rank=rank, world_size=world_size)
+        self._length = figures.batches_per_epoch
         self._epochs: Generator[int] | None = None
         self._batches: Generator[Any] | None = None
         self._handed = 0
@@ -38,10 +41,15 @@ class Feed:
         return getattr(self._loader, name)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        if self._length is None:
+            raise TypeError(f"{type(self.base.dataset).__name__} has no length")
+        return self._length
 
     def set_epoch(self, epoch: int) -> None:
-        """The run knows."""
+        """For the dataset, which may shuffle by it. The run knows the epoch."""
+        dataset = self.base.dataset
+        if callable(getattr(dataset, "set_epoch", None)):
+            dataset.set_epoch(epoch)
 
     @property
     def batches_done(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from holdfast.core.errors import HoldfastWarning, UsageError
+from holdfast.train.huggingface.streams import has_lossy_state
 from holdfast.train.loader_source import has_state, length_or_none
 
 __all__ = ["refuse_loader", "refuse_trainer", "tell_of_streams"]
@@ -39,15 +40,34 @@ def refuse_trainer(trainer: Any, *, is_trial: bool) -> None:
             "models that from_pretrained(distributed_config=…) has sharded are not supported by this callback yet"
         )
     if args.world_size > 1:
+        _refuse_ranks(trainer)
+
+
+def _refuse_ranks(trainer: Any) -> None:
+    """What several processes may not be."""
+    args = trainer.args
+    sizes = {name: getattr(trainer, f"get_{name}_size", lambda: 1)() for name in ("tp", "cp", "sp")}
+    if shared := [name for name, size in sizes.items() if size > 1]:
         raise UsageError(
-            f"this callback trains with one process so far, and this job has {args.world_size}. Start one (one GPU visible: "
-            "CUDA_VISIBLE_DEVICES=0), write the loop with holdfast.Run, or use `holdfast run --mirror` with the Trainer's own "
-            "checkpoints"
+            f"parallelism over {', '.join(shared)} under the Trainer is not supported by this callback yet; data parallel ranks "
+            "(DDP) are. Write the loop with holdfast.Run, or use `holdfast run --mirror`"
+        )
+    if getattr(args, "train_sampling_strategy", "") == "batch_rebalance":
+        raise UsageError(
+            f'train_sampling_strategy="batch_rebalance" cuts batches up for {args.world_size} processes by itself, and so does '
+            'holdfast. Use "group_by_length" or "random"'
         )
 
 
-def refuse_loader(loader: Any, batches_per_step: int) -> None:
-    """Raises UsageError."""
+def refuse_loader(prepared: Any, loader: Any, batches_per_step: int, world_size: int) -> None:
+    """`prepared`: by accelerate, of `loader`. Raises UsageError."""
+    is_stream = isinstance(loader.dataset, IterableDataset)
+    if world_size > 1 and is_stream and type(prepared).__name__ == "DataLoaderDispatcher":
+        raise UsageError(
+            f"{type(loader.dataset).__name__} is a stream, of which rank 0 reads everything and hands it out (dispatch_batches), "
+            "and where it is cannot be saved exactly then. With TrainingArguments(accelerator_config={'dispatch_batches': False}) "
+            "every rank reads the stream and takes its part"
+        )
     if batches_per_step > 1 and length_or_none(loader) is None:
         raise UsageError(
             f"gradient_accumulation_steps={batches_per_step} over a {type(loader.dataset).__name__} without a length: the Trainer "
@@ -61,8 +81,11 @@ def tell_of_streams(loader: Any) -> None:
     dataset = loader.dataset
     if not isinstance(dataset, IterableDataset):
         return
-    if not has_state(dataset):
-        why = f"{type(dataset).__name__} is a stream without state_dict() and load_state_dict()"
+    stream = getattr(dataset, "stream", dataset)
+    if has_lossy_state(stream):
+        why = f"{type(stream).__name__}.shuffle() keeps samples in a buffer that its state does not hold"
+    elif not has_state(dataset):
+        why = f"{type(stream).__name__} is a stream without state_dict() and load_state_dict()"
     elif loader.num_workers:
         why = f"the state of a stream is out of reach in its {loader.num_workers} workers (dataloader_num_workers=0 avoids it)"
     else:
