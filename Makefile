@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-oldest lint bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,19 +26,23 @@ $(VENV)/.iproute2: $(STAMP) scripts/install-iproute2.sh
 	scripts/install-iproute2.sh
 	touch $@
 
-# Frameworks whose unmodified scripts are kept with --mirror.
-$(VENV)/.frameworks: $(STAMP) constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt transformers accelerate
+# What the demo needs, which is much less than what the tests do.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@
 
-demo: $(STAMP)  ## train, kill three times, prove that the result is the same
+demo: $(VENV)/.demo  ## train, kill three times, prove that the result is the same
 	$(BIN)/python examples/chargpt/demo.py
 
 test: $(STAMP) $(VENV)/.azurite  ## everything that finishes within ten minutes on two cores
 	$(BIN)/pytest -n 2 -m "not long"
 
-test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.iproute2 $(VENV)/.frameworks  ## the long attacks as well
+test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.iproute2  ## the long attacks as well
 	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n 2
+
+test-oldest: $(STAMP)  ## the adapters with the oldest frameworks that they are made for
+	scripts/test-oldest-frameworks.sh $(VENV)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_start_method, resource_tracker
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from holdfast.data.seeds import derive_seed
+from holdfast.train.accelerate import check_loader, is_from_accelerate
 from holdfast.train.sample_seeds import IsolatedRandomness, WorkerStart
 
 __all__ = ["LoaderTwin", "deafen", "unwrapped"]
@@ -46,14 +47,23 @@ class LoaderTwin:
     """`parts` replace the engine's attributes (dataset, collate_fn, sampler or batch_sampler)."""
 
     def __init__(self, loader: Any, seed: int, parts: dict[str, Any]) -> None:
+        if is_from_accelerate(loader):
+            check_loader(loader)
         base = unwrapped(loader)
         fixed: dict[str, Any] = {"generator": torch.Generator(), "_iterator": None}
         if "in_order" in vars(base):
             fixed["in_order"] = True
+        if "_initial_iter_for_state_dict" in vars(base):
+            # Somebody (accelerate) has asked torchdata's loader for its state, for which it made an iterator of its own.
+            fixed["_initial_iter_for_state_dict"] = False
         self._engine = _Engine(_copy(base, **fixed, **parts, worker_init_fn=WorkerStart(base.worker_init_fn)), seed)
         self._base = _copy(base, **fixed, _get_iterator=self._engine.iterator)
         self.face = self._rewrap(loader)
         self.stock = self.face is self._base and type(self.face).__iter__.__module__ in _STOCK_MODULES
+
+    def fetch_by(self, fetch: Callable[[Iterator[Any]], Any]) -> None:
+        """Take each batch of the loader by `fetch`, also those that a face reads ahead of what it has yielded."""
+        self._engine.fetch = fetch
 
     def _rewrap(self, loader: Any) -> Any:
         inner = vars(loader).get("base_dataloader")
@@ -80,12 +90,30 @@ class _Engine:
 
     def __init__(self, loader: Any, seed: int) -> None:
         self.loader, self.epoch = loader, 0
+        self.fetch: Callable[[Iterator[Any]], Any] | None = None
         self._seed = seed
 
     def iterator(self) -> Any:
         # The seeds of worker processes are drawn from the loader's generator, which is otherwise the global one.
         self.loader.generator.manual_seed(derive_seed(self._seed, "workers", self.epoch))
-        return self.loader._get_iterator() if self.loader.num_workers == 0 else _with_deaf_workers(self.loader)
+        made = self.loader._get_iterator() if self.loader.num_workers == 0 else _with_deaf_workers(self.loader)
+        return made if self.fetch is None else _Fetched(made, self.fetch)
+
+
+class _Fetched:
+    """A fetching iterator, each of whose batches is taken by `fetch`; whatever else is asked of it, it answers."""
+
+    def __init__(self, inner: Iterator[Any], fetch: Callable[[Iterator[Any]], Any]) -> None:
+        self._inner, self._fetch = inner, fetch
+
+    def __iter__(self) -> _Fetched:
+        return self
+
+    def __next__(self) -> Any:
+        return self._fetch(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def deafen(loader: Any) -> None:

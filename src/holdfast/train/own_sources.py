@@ -2,6 +2,7 @@
 
     StatefulDataLoader (torchdata)            its own state, as of the batches that the loop has consumed
     DataLoader over an iterable dataset       the dataset's state, if it has one and there are no workers; else reading and dropping
+      prepared by accelerate, one process     the same: it reads one batch ahead, so the state after each batch is kept until then
     list, tuple, range, array, tensor         indexing
     anything else that can be iterated again  reading and dropping
     an iterator                               cannot be started again: refused
@@ -12,6 +13,7 @@ same on all ranks, so that a shuffle before the sharding is the same everywhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,9 +22,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from holdfast.core.errors import UsageError
+from holdfast.data.global_batch import Micro
 from holdfast.train.batch_order import NumberedSampler
 from holdfast.train.loader_source import Circumstances, LoaderSource, Uncounted, has_state, length_or_none
 from holdfast.train.loader_twin import unwrapped
+from holdfast.train.read_ahead import ReadAhead, one_by_one, state_after
 from holdfast.train.sample_seeds import IsolatedRandomness
 from holdfast.train.sampler_parts import own_parts, shards_itself
 
@@ -33,12 +37,13 @@ class OwnStateSource(LoaderSource):
     """StatefulDataLoader: order and position are its own; where the dataset is map-style, samples are seeded as everywhere."""
 
     kind = "stateful-dataloader"
-    _loaded = False
+    _loaded = _ended = False
 
     def __init__(self, loader: Any, under: Circumstances) -> None:
         base = unwrapped(loader)
         super().__init__(loader, own_parts(base), under)
         is_stream = isinstance(base.dataset, IterableDataset)
+        self._ahead = ReadAhead(self._twin, None, under.seed) if is_stream and one_by_one(loader) else None
         if under.world_size > 1 and not is_stream and not shards_itself(self._order.parts.sampler):
             under.warn(
                 f"every rank reads all samples of this {type(loader).__name__}: give it a DistributedSampler, or use torch's "
@@ -53,7 +58,11 @@ class OwnStateSource(LoaderSource):
     def open(self, epoch: int, start_batch: int, start_sample: int) -> tuple[Iterator[Any], int]:
         self._order.epoch = epoch
         loaded, self._loaded = self._loaded, False
-        return self._twin.open(epoch), 0 if loaded else start_batch
+        skip = 0 if loaded else start_batch
+        if self._ahead is not None:
+            self._ahead.begin(epoch, start_batch, skip)
+        ended, self._ended = self._ended, False
+        return iter(()) if ended else self._twin.open(epoch), skip
 
     def state(self) -> dict[str, Any]:
         with IsolatedRandomness():
@@ -61,7 +70,8 @@ class OwnStateSource(LoaderSource):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._twin.load_state_dict(state)
-        self._loaded = True
+        # Read ahead, the loader knows of its last batch that it is the last: iterated again, it would begin the next epoch.
+        self._loaded, self._ended = True, bool(state.get("_iterator_finished"))
 
     def why_skipping(self) -> str:
         return "the checkpoint has no state of this loader (was it another kind of loader when it was saved?)"
@@ -76,26 +86,37 @@ class IterableSource(LoaderSource):
     def __init__(self, loader: Any, under: Circumstances) -> None:
         super().__init__(loader, own_parts(unwrapped(loader)), under)
         # With workers, the state is in their copies; a class that iterates in its own way may have read ahead.
-        self._has_state = self._base.num_workers == 0 and self._twin.stock and has_state(self._base.dataset)
+        can_tell = self._base.num_workers == 0 and has_state(self._base.dataset)
+        self._ahead = ReadAhead(self._twin, self._base.dataset, under.seed) if can_tell and one_by_one(loader) else None
+        self._has_state = can_tell and (self._twin.stock or self._ahead is not None)
         self._pass: Iterator[Any] = iter(())
         self._ended = False
 
     def open(self, epoch: int, start_batch: int, start_sample: int) -> tuple[Iterator[Any], int]:
         loaded, self._loaded = self._loaded, False
         ended, self._ended = self._ended, False
+        skip = 0 if loaded else start_batch
+        if self._ahead is not None:
+            self._ahead.begin(epoch, start_batch, skip)
         self._pass = iter(()) if ended else self._twin.open(epoch)
-        return self._pass, 0 if loaded else start_batch
+        return self._pass, skip
+
+    def micro(self) -> Micro:
+        if self._ahead is not None:
+            self._ahead.consume()
+        return super().micro()
 
     def state(self) -> dict[str, Any] | None:
         if not self._has_state:
             return None
-        # A last batch that is not full has met the dataset's end, after which many datasets are ready for the next epoch: their
-        # state then says "at the start", and only the fetcher knows that this epoch is over.
-        ended = bool(getattr(getattr(self._pass, "_dataset_fetcher", None), "ended", False))
-        return {"dataset": self._base.dataset.state_dict(), "ended": ended}
+        if self._ahead is not None:
+            return self._ahead.state
+        return state_after(self._pass, self._base.dataset)
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self._has_state and set(state) == {"dataset", "ended"}:
+            if self._ahead is not None:
+                self._ahead.state = copy.deepcopy(state)
             self._base.dataset.load_state_dict(state["dataset"])
             self._loaded, self._ended = True, state["ended"]
         # Otherwise the position is still known: batches are read and dropped, with a warning.

@@ -2,7 +2,8 @@
 
 Anything with `state_dict` / `load_state_dict` is tracked through these; arrays, dicts, lists and random generators are tracked
 directly. Wrappers are looked through, so that a checkpoint does not depend on them: DDP's `module.`, `torch.compile`'s
-`_orig_mod.`, Accelerate's optimizer and scheduler. Tracking registers only; nothing is read or written before `restore`.
+`_orig_mod.`, Accelerate's optimizer and scheduler. An Accelerator stands for all that it holds (accelerate/). Tracking registers
+only; nothing is read or written before `restore`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from holdfast.checkpoint.arrays import can_be_sharded, is_sharded
 from holdfast.checkpoint.snapshot import lay_out
 from holdfast.checkpoint.tree import flatten
 from holdfast.core.errors import UsageError
+from holdfast.train.accelerate import AcceleratorState, is_accelerator, is_from_accelerate, refuse_strategy
 
 __all__ = ["Tracked", "Tracker", "unwrap"]
 
@@ -54,9 +56,10 @@ def unwrap(subject: Any) -> Any:
             subject = subject._modules[_COMPILED]
         elif isinstance(subject, _PARALLEL):
             subject = subject.module
-        elif type(subject).__module__.startswith("accelerate.") and hasattr(subject, "scheduler"):
+        elif is_from_accelerate(subject) and hasattr(subject, "scheduler"):
             subject = subject.scheduler
-        elif type(subject).__module__.startswith("accelerate.") and hasattr(subject, "optimizer"):
+        elif is_from_accelerate(subject) and hasattr(subject, "optimizer"):
+            refuse_strategy(getattr(subject, "accelerator_state", None))
             subject = subject.optimizer
         else:
             return subject
@@ -263,6 +266,8 @@ class _Generator:
 
 
 def _wrap(name: str, subject: Any) -> Tracked:
+    if is_accelerator(subject):
+        return AcceleratorState(subject)
     subject = unwrap(subject)
     if isinstance(subject, type):
         raise UsageError(f"track({name}=…): {subject.__qualname__} is a class; track the object that you made of it")
@@ -321,6 +326,15 @@ class Tracker:
                     raise UsageError(f"track({name}=…): this object is already tracked as {other!r}")
             self._tracked[name] = wrapped
 
+    def complete(self) -> None:
+        """An Accelerator stands for what it has prepared and what was registered with it, as far as that is not tracked yet."""
+        for name, tracked in list(self):
+            if isinstance(tracked, AcceleratorState):
+                for part, subject in tracked.parts(name):
+                    inner = unwrap(subject)
+                    if not any(known.subject is inner for _, known in self):
+                        self.add({part: subject})
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: t.subject for name, t in self if isinstance(t.subject, torch.optim.Optimizer)}
 
@@ -364,6 +378,7 @@ class Tracker:
 
     def check(self) -> None:
         """Raises UnsupportedState for what could not be saved: now, and not when the first save is due in an hour."""
+        self.complete()
         # A loader makes an iterator when it is asked for its state.
         lay_out(flatten({name: tracked.state() for name, tracked in self if not isinstance(tracked, _Loader)}))
 
