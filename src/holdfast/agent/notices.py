@@ -50,7 +50,9 @@ class NoticeDesk:
         clock: Clock,
         sink: Sink,
         say: Callable[[str], None],
+        told: Callable[[Notice], None] = lambda notice: None,
     ) -> None:
+        """`told` hears what the machine hears as well, in the listener's thread."""
         self._progress, self._grace_s = progress, grace_s
         self._clock, self._sink, self._say = clock, sink, say
         self._lock = threading.Lock()
@@ -60,9 +62,12 @@ class NoticeDesk:
         """What the agent itself has to do after the command's end takes; asked at every look while a notice stands."""
         self.control = ControlSocket(folder, self._ready)
         self._callers = Callers(folder, lambda word: self._listener.say(as_notice(word)))
-        self._listener = listen(
-            spec, clock=clock, sink=sink, on_notice=self._heard, environ=environment, grace_s=grace_s
-        )
+
+        def heard(notice: Notice) -> None:
+            self._heard(notice)
+            told(notice)
+
+        self._listener = listen(spec, clock=clock, sink=sink, on_notice=heard, environ=environment, grace_s=grace_s)
         # Last, because nobody calls before.
         self._registration = Registration(folder, run=url, environ=environment)
         if self._registration.trouble is not None:
@@ -79,6 +84,16 @@ class NoticeDesk:
         when = "" if left_s is None else f", {format_duration(left_s)} are left"
         self._say(f"holdfast: notice from {notice.source}: {notice.kind.value}{when}")
         self.control.tell(as_word(notice), stands=stands)
+
+    def order(self, source: str, within_s: float) -> None:
+        """Who is above this agent wants the command to end, as if the machine went then: for a trainer that hears notices."""
+        now_unix_s = self._clock.unix_s()
+        self._heard(
+            Notice(
+                kind=NoticeKind.TERMINATION, deadline_unix_s=now_unix_s + within_s, source=source, id="order",
+                heard_unix_s=now_unix_s,
+            )
+        )  # fmt: skip
 
     def received(self, number: int) -> bool:
         """The agent got a signal. True: it is a notice, and heard as one."""

@@ -19,7 +19,7 @@ from holdfast.agent.attempts import Attempts, RunOptions
 from holdfast.agent.child import SignalInbox, Supervisor
 from holdfast.agent.mirror import Mirror, MirrorOptions
 from holdfast.agent.record import AgentRecord
-from holdfast.agent.rounds import Rounds
+from holdfast.agent.rounds import Outside, Rounds
 from holdfast.core.clock import Clock
 from holdfast.core.contract import (
     ENV_CONTROL,
@@ -45,6 +45,7 @@ def run_command(
     rng: random.Random,
     environment: Mapping[str, str] | None = None,
     open_store: Callable[[str], Store] | None = None,
+    outside: Outside | None = None,
 ) -> int:
     """Run `command` until it is done or is not worth another start; return the exit code to leave with.
 
@@ -52,8 +53,8 @@ def run_command(
     while no command was running, or EXIT_INTERRUPTED when a second Ctrl-C killed the command; EXIT_INFRASTRUCTURE and EXIT_LIMIT as
     policy/restart.py says. `say` gets one line per attempt, `sink` the events `attempt.started`, `attempt.ended`, `command.hung`
     and `agent.stopped`. With a URL and `open_store`, the events and the command's output are kept under the URL. Owns the
-    process's signal handlers meanwhile, so it must be called from the main thread. Raises UsageError when the command cannot be
-    started.
+    process's signal handlers meanwhile, so it must be called from the main thread. `outside`: who limits the work, and ends the
+    machine afterwards. Raises UsageError when the command cannot be started.
     """
     if not command:
         raise UsageError("no command was given; write it after two dashes: holdfast run -- python train.py")
@@ -81,7 +82,7 @@ def run_command(
                     options.care, url=None if store is None else store.url, record=record,
                     keeps_output=store is not None and options.logs is not None, grace_s=options.grace_s,
                     leftover_grace_s=options.leftover_grace_s, page=page, folder=Path(folder), environment=base, clock=clock,
-                    sink=sink, say=say,
+                    sink=sink, say=say, outside=outside,
                 )  # fmt: skip
                 if options.mirror is not None and url is not None and open_store is not None:
                     mirror = _mirror(options.mirror, url, open_store, clock, sink, say)

@@ -14,6 +14,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from holdfast.agent.child import Child, EndNow
 from holdfast.agent.gpu import Gpus, driver_present
@@ -28,9 +29,10 @@ from holdfast.core.clock import Clock
 from holdfast.core.config import format_bytes, format_duration
 from holdfast.core.contract import ENV_NOTICE, KeptWord, Progress, ProgressPage
 from holdfast.core.events import Event, Sink
+from holdfast.notice.base import Notice
 from holdfast.policy.hang import HangLimits
 
-__all__ = ["Care", "Findings", "Rounds"]
+__all__ = ["Care", "Findings", "Outside", "Rounds"]
 
 _WAIT_FOR_HEAD_S = 5.0
 _WAIT_FOR_GPU_NAMES_S = 2.0
@@ -64,6 +66,30 @@ class Findings:
     notice: str | None = None
 
 
+class Outside(Protocol):
+    """Who has started this agent on the machine, and says how long it may work (machine/). The watchdog is theirs, and so is the
+    end. Called in the main thread, where it is not said otherwise; nothing here may wait."""
+
+    @property
+    def watchdog(self) -> Watchdog: ...
+
+    def begins(self, sink: Sink) -> None:
+        """The agent begins; what is emitted there is kept under the run's URL."""
+        ...
+
+    def heard(self, notice: Notice) -> None:
+        """What the machine has been told; in the listener's thread."""
+        ...
+
+    def look(self, progress: Progress | None) -> str | None:
+        """Called once a second or so; moves the watchdog's limits. Why the command must be stopped; None: it goes on."""
+        ...
+
+    def limit(self) -> str:
+        """Which limit it is that ends the work at the watchdog's moment."""
+        ...
+
+
 class Rounds:
     """Implements `child.Attendant`. Owned by the main thread."""
 
@@ -82,7 +108,9 @@ class Rounds:
         clock: Clock,
         sink: Sink,
         say: Callable[[str], None],
+        outside: Outside | None = None,
     ) -> None:
+        self._outside, self._was_stopped = outside, False
         self._care, self._url, self._record = care, url, record
         self._grace_s, self._leftover_grace_s = grace_s, leftover_grace_s
         self.folder = folder
@@ -111,14 +139,20 @@ class Rounds:
             clock=clock,
             sink=sink,
             say=say,
+            told=outside.heard if outside is not None else _unheard,
         )
+        outputs = self.output.reading_ends if self.output is not None else []
         self._watchdog: Watchdog | None = None
-        if self.output is not None or care.lifetime.on_exit is not None or math.isfinite(care.lifetime.limit_s):
+        if outside is not None:
+            self._watchdog = outside.watchdog
+            self._watchdog.begin_anew(grace_s=grace_s, outputs=outputs)
+            outside.begins(sink)
+        elif self.output is not None or care.lifetime.on_exit is not None or math.isfinite(care.lifetime.limit_s):
             self._watchdog = Watchdog(
                 care.lifetime,
                 grace_s=grace_s,
                 leftover_grace_s=leftover_grace_s,
-                outputs=self.output.reading_ends if self.output is not None else [],
+                outputs=outputs,
                 clock=clock,
                 say=say,
             )
@@ -199,7 +233,7 @@ class Rounds:
         self._had_lost_gpu = self._findings.infrastructure is not None
         if self._watchdog is not None and self._clock.monotonic_s() >= self._watchdog.stop_at_s:
             # The watchdog may have acted before this agent could look.
-            self._limit_reached = self._care.lifetime.reason()
+            self._limit_reached = self._limit()
         self._findings.limit = self._limit_reached
         self._findings.notice = self.notices.going
         return self._findings
@@ -217,6 +251,8 @@ class Rounds:
             self._gpus.close()
         if self.output is not None:
             self.output.close()
+        if self._outside is not None:
+            self._outside.watchdog.forget_outputs()
         if self._record is not None:
             self._record.close(_CLOSE_S)
         # The word may end the machine, so it comes when all is kept.
@@ -234,7 +270,7 @@ class Rounds:
 
     def run_on_exit(self) -> None:
         """The last thing of all: the machine may be gone after it."""
-        if self._watchdog is not None:
+        if self._watchdog is not None and self._outside is None:
             self._watchdog.end()
 
     # ---- child.Attendant
@@ -250,10 +286,14 @@ class Rounds:
         self._service.look()
         if self._watchdog is not None:
             self._watchdog.look()
+            asked = self._outside.look(self._progress()) if self._outside is not None else None
             if self._limit_reached is None and self._clock.monotonic_s() >= self._watchdog.stop_at_s:
-                self._limit_reached = self._care.lifetime.reason()
-                self._say(f"holdfast: {self._limit_reached}: stopping")
-                return EndNow(self._grace_s, stop=True)
+                asked = self._limit_reached = self._limit()
+            if asked is not None and not self._was_stopped:
+                self._was_stopped = True
+                self._say(f"holdfast: {asked}: stopping")
+                if not self._stops_by_itself(child):
+                    return EndNow(self._grace_s, stop=True)
         taken = self.notices.look()
         if taken is not None:
             return taken
@@ -263,6 +303,18 @@ class Rounds:
         if self._limit_reached is not None or self._findings.infrastructure or self._findings.hang:
             return None
         return self._look_at_machine() or self._look_at_command(child)
+
+    def _limit(self) -> str:
+        return self._care.lifetime.reason() if self._outside is None else self._outside.limit()
+
+    def _stops_by_itself(self, child: Child | None) -> bool:
+        """Whether a trainer has heard that it has to stop. It saves and leaves then, whatever shells and pipes are around it; a
+        signal would reach the shell and break the pipe."""
+        if self._outside is None or child is None or not self.notices.control.connected:
+            return False
+        self._outside.watchdog.command_told()
+        self.notices.order("holdfast", self._grace_s)
+        return True
 
     def received(self, number: int) -> bool:
         return self.notices.received(number)
@@ -322,6 +374,10 @@ def _doing(start: int, progress: Progress | None) -> str:
         return f"attempt {start} runs"
     saved = f", step {progress.committed_step} is saved" if progress.committed_step >= 0 else ""
     return f"attempt {start}, step {progress.step} ({progress.phase.name.lower()}){saved}"
+
+
+def _unheard(notice: Notice) -> None:
+    """Nobody is outside."""
 
 
 def _forget(data: bytes) -> None:

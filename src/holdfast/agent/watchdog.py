@@ -5,7 +5,8 @@
     agent ←─ alive pipe: ends with the watchdog ──
     agent and watchdog share the token that allows to run the on-exit command, once
 
-Both limits are hard: the command is told to stop so early that its grace period ends before them.
+Both limits are hard: the command is told to stop so early that its grace period ends before them. Under a grant that is renewed
+they move while the command runs (`extend`): later, never earlier.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from holdfast.core.clock import Clock
 from holdfast.core.config import format_duration
 from holdfast.core.errors import HoldfastError, UsageError
 
-__all__ = ["Lifetime", "Watchdog"]
+__all__ = ["Lifetime", "Limits", "Watchdog"]
 
 _SLACK_S = 5.0
 """What the agent is given to act by itself, before the watchdog does."""
@@ -75,6 +76,26 @@ class Lifetime:
         return f"{limit}: that is ${self.max_cost:g} at ${self.price_per_hour:g} per hour" if by_cost else limit
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Moments on the machine's monotonic clock. Infinite: never."""
+
+    stop_at_s: float = math.inf
+    """The agent tells the command to stop."""
+    kill_at_s: float = math.inf
+    """The watchdog kills what still runs."""
+    end_at_s: float = math.inf
+    """It kills an agent that does not leave then, and runs the end."""
+
+    def or_later(self, other: Limits) -> Limits:
+        """Each moment as late as either says."""
+        return Limits(
+            stop_at_s=max(self.stop_at_s, other.stop_at_s),
+            kill_at_s=max(self.kill_at_s, other.kill_at_s),
+            end_at_s=max(self.end_at_s, other.end_at_s),
+        )
+
+
 class Watchdog:
     """A watchdog process, and a new one when it dies. Belongs to the agent's main thread."""
 
@@ -87,20 +108,17 @@ class Watchdog:
         outputs: Sequence[tuple[int, int]],
         clock: Clock,
         say: Callable[[str], None],
+        limits: Limits | None = None,
+        pid_file: Path | None = None,
     ) -> None:
+        """`limits`: instead of those that follow from the lifetime, counted from now. `pid_file`: always names the process."""
         self._lifetime, self._outputs, self._say = lifetime, list(outputs), say
+        self._grace_s, self._leftover_grace_s, self._pid_file = grace_s, leftover_grace_s, pid_file
         started_s = clock.monotonic_s()
-        stop_s = lifetime.stop_after_s(grace_s + leftover_grace_s + _SLACK_S)
-        self._settings = {
-            "agent": os.getpid(),
-            "on_exit": lifetime.on_exit,
-            "grace_s": grace_s,
-            "leftover_grace_s": leftover_grace_s,
-            "stop_at_s": _finite(started_s + stop_s + _SLACK_S),
-            "kill_at_s": _finite(started_s + lifetime.limit_s),
-        }
-        self.stop_at_s = started_s + stop_s
-        """When the agent tells the command to stop, on the monotonic clock."""
+        self._limits = limits or Limits(
+            stop_at_s=started_s + lifetime.stop_after_s(grace_s + leftover_grace_s + _SLACK_S),
+            kill_at_s=started_s + lifetime.limit_s,
+        )
         self._group = 0
         self._told = False
         self._control = self._alive = -1
@@ -114,6 +132,40 @@ class Watchdog:
             if lifetime.on_exit is not None:
                 run_once(self._token, lifetime.on_exit)
             raise
+
+    @property
+    def stop_at_s(self) -> float:
+        """When the agent tells the command to stop, on the monotonic clock."""
+        return self._limits.stop_at_s
+
+    def extend(self, limits: Limits) -> None:
+        """The work may go on until then. A moment that is earlier than what stands already changes nothing."""
+        longer = self._limits.or_later(limits)
+        if longer != self._limits:
+            self._limits = longer
+            moments = (longer.stop_at_s + _SLACK_S, longer.kill_at_s, longer.end_at_s)
+            self._tell(f"later {' '.join(map(repr, moments))}")
+
+    def begin_anew(
+        self, *, limits: Limits | None = None, grace_s: float | None = None, outputs: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Go on with other settings, while no command runs. There is no moment without a watchdog: the old one leaves last."""
+        before = self._control, self._alive
+        self._limits, self._outputs = limits or self._limits, list(outputs)
+        self._grace_s = self._grace_s if grace_s is None else grace_s
+        try:
+            self.pid = self._begin()
+        except BaseException:
+            self._control, self._alive = before
+            raise
+        with suppress(OSError):
+            os.write(before[0], b"replaced\n")
+        for descriptor in before:
+            os.close(descriptor)
+
+    def forget_outputs(self) -> None:
+        """The command's output has ended; a watchdog that is started from here on has none to pass on."""
+        self._outputs = []
 
     def command_started(self, group: int) -> None:
         self._group, self._told = group, False
@@ -152,7 +204,13 @@ class Watchdog:
         control_read, self._control = os.pipe()
         self._alive, alive_write = os.pipe()
         settings = {
-            **self._settings,
+            "agent": os.getpid(),
+            "on_exit": self._lifetime.on_exit,
+            "grace_s": self._grace_s,
+            "leftover_grace_s": self._leftover_grace_s,
+            "stop_at_s": _finite(self._limits.stop_at_s + _SLACK_S),
+            "kill_at_s": _finite(self._limits.kill_at_s),
+            "end_at_s": _finite(self._limits.end_at_s),
             "control": control_read,
             "alive": alive_write,
             "token": self._token,
@@ -179,6 +237,12 @@ class Watchdog:
         first = os.read(self._alive, 64)
         if not first:
             raise HoldfastError("the watchdog process could not be started, so nothing would end this machine's work")
+        if self._pid_file is not None:
+            # Who waits for this file ends the machine when it does not come: that is the safe side.
+            with suppress(OSError):
+                written = self._pid_file.with_suffix(".new")
+                written.write_bytes(first)
+                written.replace(self._pid_file)
         return int(first)
 
     def _is_alive(self, timeout_s: float | None) -> bool:

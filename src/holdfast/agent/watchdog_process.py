@@ -7,6 +7,8 @@ when the time is over and the agent does not react, it does the agent's last dut
     command still there → SIGTERM, grace, SIGKILL to its group
     output of the command → read on and passed to where it would have gone (a writer without a reader dies of SIGPIPE)
     on-exit command → run once, by whoever of agent and watchdog takes the token first (`run_once`)
+
+Moments only move later: a word of the agent's that comes late, or twice, ends nothing that was allowed to go on.
 """
 
 from __future__ import annotations
@@ -88,9 +90,10 @@ class Watchdog:
         self._leftover_grace_s: float = settings["leftover_grace_s"]
         self._stop_at_s = _seconds(settings["stop_at_s"])
         self._kill_at_s = _seconds(settings["kill_at_s"])
+        self._end_at_s = _seconds(settings["end_at_s"])
         self._group: int = settings["group"]
         self._told: bool = settings["told"]
-        self._ended_well = False
+        self._ended_well = self._is_replaced = False
         self._text = b""
 
     def watch(self) -> None:
@@ -105,6 +108,8 @@ class Watchdog:
                 self._say("the time is over, and the agent does not react: stopping the command")
                 _send(self._agent, signal.SIGTERM)
                 _send(self._group or self._agent, signal.SIGTERM)
+        if self._is_replaced:
+            return
         if not self._ended_well:
             passing = [threading.Thread(target=_pass_on, args=output, daemon=True) for output in self._outputs]
             for thread in passing:
@@ -139,7 +144,14 @@ class Watchdog:
                 self._told = True
             elif word == "end":
                 self._ended_well = True
-        return bool(data)
+            elif word == "later":
+                stop_at_s, kill_at_s, end_at_s = map(float, argument.split())
+                self._stop_at_s = max(self._stop_at_s, stop_at_s)
+                self._kill_at_s = max(self._kill_at_s, kill_at_s)
+                self._end_at_s = max(self._end_at_s, end_at_s)
+            elif word == "replaced":
+                self._is_replaced = True
+        return bool(data) and not self._is_replaced
 
     def _end_agent(self) -> None:
         """The last moment has come, and the agent still runs."""
@@ -148,7 +160,8 @@ class Watchdog:
             with suppress(OSError):
                 os.killpg(self._group, signal.SIGKILL)
         _send(self._agent, signal.SIGTERM)
-        give_up_s = time.monotonic() + _AGENTS_END_S
+        now_s = time.monotonic()
+        give_up_s = min(now_s + _AGENTS_END_S, max(now_s, self._end_at_s))
         while time.monotonic() < give_up_s:
             if not self._listen(_POLL_S):
                 return

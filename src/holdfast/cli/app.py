@@ -14,13 +14,17 @@ import typer
 from holdfast.cli.checkpoints import checkpoints_app
 from holdfast.cli.drill import drill
 from holdfast.cli.explain_save import explain_save
+from holdfast.cli.launch import controller, launch
 from holdfast.cli.logs import logs
+from holdfast.cli.machine import machine
 from holdfast.cli.notices import notices_app
 from holdfast.cli.notify import notify
 from holdfast.cli.plan import plan
 from holdfast.cli.report import report
 from holdfast.cli.run import run
 from holdfast.cli.simulate import simulate
+from holdfast.cli.status import cancel, cost, down, status
+from holdfast.cli.sweep_leaks import sweep_leaks
 from holdfast.core.contract import EXIT_USAGE
 from holdfast.core.errors import HoldfastError, RunConflict, UsageError
 
@@ -75,6 +79,14 @@ app.add_typer(notices_app, name="notices")
 app.command("notify")(notify)
 app.command("plan")(plan)
 app.command("simulate")(simulate)
+app.command("launch")(launch)
+app.command("status")(status)
+app.command("cost")(cost)
+app.command("cancel")(cancel)
+app.command("down")(down)
+app.command("controller")(controller)
+app.command("sweep-leaks")(sweep_leaks)
+app.command("machine")(machine)
 
 
 def main() -> NoReturn:

@@ -21,6 +21,7 @@ __all__ = [
     "ENDED",
     "ENV_LOCAL_END",
     "ENV_MACHINE_BOOT",
+    "ENV_MACHINE_BOOT_LIMIT",
     "ENV_MACHINE_FOLDER",
     "ENV_MACHINE_KIND",
     "GUARDED",
@@ -38,6 +39,8 @@ ENV_LOCAL_END = "HOLDFAST_LOCAL_END_COMMAND"
 """Set by the rehearsal cloud: the command that ends this machine of its, and nothing else."""
 ENV_MACHINE_BOOT = "HOLDFAST_MACHINE_BOOT_MONOTONIC_S"
 """When this machine began, on its monotonic clock (CLOCK_MONOTONIC, seconds), where that is not the kernel's boot."""
+ENV_MACHINE_BOOT_LIMIT = "HOLDFAST_MACHINE_BOOT_LIMIT_S"
+"""Seconds from the machine's boot: without a grant by then, it ends. Never longer than the first grant's lifetime."""
 ENV_MACHINE_FOLDER = "HOLDFAST_MACHINE_FOLDER"
 """The folder of this machine for code, scripts and marks; else the current one."""
 LOCAL_KIND = "local"
@@ -88,7 +91,8 @@ def bootstrap_script(
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """`pieces` begins with holdfast's wheel; what else it needs and the image lacks follows. `python`: the image's interpreter,
-    whose packages (torch, drivers' libraries) stay visible. `machine_command` prints the provider's name of the machine.
+    whose packages (torch, drivers' libraries) stay visible. `boot_limit_s`: from the boot until there is a grant, at most; what has
+    none then ends. `machine_command` prints the provider's name of the machine.
     `environment` holds what is no secret: a region, an endpoint. UsageError for what cannot be a script of this kind.
     """
     if not pieces or not end_command.strip() or boot_limit_s <= 0 or launch < 1:
@@ -133,6 +137,7 @@ end() {{
 lives() {{ [ -d "/proc/$1" ] && ! grep -q '^State:[[:space:]]*[ZX]' "/proc/$1/status" 2>/dev/null; }}
 leave() {{
   code=$?
+  set +e
   # A watchdog that stands may still wait for a last save.
   while [ -s "$D/{GUARDED}" ] && lives "$(cat "$D/{GUARDED}")"; do sleep 1; done
   kill "$TIMER" 2>/dev/null
@@ -158,7 +163,7 @@ trap leave EXIT
 trap 'exit 143' TERM INT HUP
 exec > "$D/bootstrap.log" 2>&1
 set -e
-export {ENV_MACHINE_FOLDER}="$D" HOME="${{HOME:-/root}}"
+export {ENV_MACHINE_FOLDER}="$D" {ENV_MACHINE_BOOT_LIMIT}=@LIMIT@ HOME="${{HOME:-/root}}"
 """
 
 _FETCH = """\

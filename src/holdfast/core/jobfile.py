@@ -30,6 +30,7 @@ __all__ = [
     "Dollars",
     "JobFile",
     "JobRecovery",
+    "MachineBlock",
     "PlanBlock",
     "Rate",
     "Resources",
@@ -197,6 +198,12 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     use_spot: bool | None = None
     any_of: tuple[Resources, ...] = ()
     ordered: tuple[Resources, ...] = ()
+    image_id: str | None = None
+    """The provider's name of a machine image; without one, a current image with drivers."""
+    disk_size: int | None = None
+    """GiB of the boot disk."""
+    disk_tier: str | None = None
+    """The provider's name of a kind of disk: gp3, pd-ssd."""
     max_hourly_cost: Dollars | None = None
     """Of one machine."""
     autostop: bool | int | str | dict[str, Any] | None = None
@@ -245,6 +252,19 @@ class CheckpointBlock(msgspec.Struct, frozen=True, kw_only=True):
     """What one save costs the loop."""
 
 
+class MachineBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine is given at its provider, beside its type, image and disk."""
+
+    role: str | None = None
+    """Instance profile (AWS) or service account (GCP)."""
+    scopes: tuple[str, ...] = ()
+    network: dict[str, Any] = {}
+    """In the provider's words: subnets, security groups, a public address."""
+    local_ssd: bool = False
+    labels: dict[str, str] = {}
+    """Put on everything that is launched."""
+
+
 class PlanBlock(msgspec.Struct, frozen=True, kw_only=True):
     """What only `holdfast plan` asks for: how much work there is, and what is known about the market and the loop."""
 
@@ -286,6 +306,7 @@ class JobFile(msgspec.Struct, frozen=True, kw_only=True):
     setup: str | None = None
     run: str | None = None
     resources: Resources = Resources()
+    machine: MachineBlock = MachineBlock()
     spot_policy: Literal["spot", "on-demand", "auto"] = "auto"
     max_price: Dollars | None = None
     """Per hour, of one machine."""

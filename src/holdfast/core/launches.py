@@ -198,6 +198,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     boot: str
     """Of this start of the machine: the kernel's boot id."""
     at_unix_s: float
+    nonce: str = ""
+    """The writer's own: it tells whether a put without a clear answer was applied."""
 
 
 class MachineWord(msgspec.Struct, frozen=True, kw_only=True):

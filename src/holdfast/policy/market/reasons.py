@@ -8,7 +8,7 @@ from holdfast.core.config import format_duration
 from holdfast.policy.market.arrays import Why
 from holdfast.policy.market.facts import Context
 
-__all__ = ["describe"]
+__all__ = ["about_time", "describe"]
 
 _RULES = {
     Why.ON_DEMAND_ONLY: "on-demand only",
@@ -46,7 +46,7 @@ _ABOUT_PROGRESS = {Why.BEHIND, Why.STILL_BEHIND, Why.AHEAD_SO_SPOT, Why.AHEAD_SO
 
 def describe(context: Context, why: Why, pool: str | None, costs: tuple[float, ...] = ()) -> tuple[str, ...]:
     """The rule, the time, what the rest is expected to cost by each way to go on, and what the pool costs."""
-    reasons = [_RULES[why], _time(context)]
+    reasons = [_RULES[why], about_time(context)]
     ways = [f"${cost:.2f} {how}" for cost, how in zip(costs, _WAYS, strict=False) if not math.isnan(cost)]
     if ways:
         reasons.append("the rest is expected to cost " + ", ".join(ways))
@@ -66,7 +66,7 @@ def describe(context: Context, why: Why, pool: str | None, costs: tuple[float, .
     return tuple(reasons)
 
 
-def _time(context: Context) -> str:
+def about_time(context: Context) -> str:
     slack = format_duration(abs(context.slack_s))
     room = f"{slack} to spare" if context.slack_s >= 0 else f"{slack} too little"
     left = f"{format_duration(context.work_left_s)} of work in {format_duration(max(0, context.time_left_s))}"
