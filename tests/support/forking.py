@@ -1,4 +1,5 @@
-"""A process that has torch imported and forks trainings on demand, so that a hundred starts do not import torch a hundred times.
+"""A process that has imported torch, and what trainings import later on, and forks trainings on demand, so that a hundred starts
+import nothing a hundred times.
 
     test: Zygote(script).start(…) → pid, wait(pid) → exit code          script: serve(train), the other end
 
@@ -8,6 +9,7 @@ single-threaded, so forking it is safe.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +20,13 @@ from pathlib import Path
 from typing import Any
 
 __all__ = ["Zygote", "serve"]
+
+_AT_FIRST_USE = (
+    # Torch's compiler comes with the first optimizer and with `use_deterministic_algorithms`: 1.4 s of the 2 s of a short training.
+    "torch._dynamo", "torch._inductor.config", "numpy.random", "holdfast.checkpoint.runs.base", "holdfast.checkpoint.saver",
+    "holdfast.train.base", "holdfast.train.batching", "holdfast.train.loops", "holdfast.train.run", "faulthandler", "resource",
+)  # fmt: skip
+"""Importing starts no thread, so the process may still be forked."""
 
 
 class Zygote:
@@ -52,6 +61,8 @@ class Zygote:
 
 def serve(train: Callable[..., None]) -> None:
     """The script's side: answers until its input ends."""
+    for name in _AT_FIRST_USE:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
