@@ -1,7 +1,7 @@
 """The AWS SDK, and the only place that touches it: clients, calls, and what an error says about whether a call was carried out.
 
-    read, read_all   look only: the SDK tries again by itself
-    once             changes something: sent at most once, with a token of ours wherever AWS takes one
+    ask, ask_all     look, and what is harmless to repeat: the SDK tries again by itself
+    once             makes something: sent at most once, with a token of ours wherever AWS takes one
 
 boto3 is imported when the first client is made, so that `import holdfast` is quick and works without it.
 """
@@ -31,7 +31,7 @@ THROTTLES = frozenset(
         "TooManyRequestsException",
     }
 )
-_CONNECT_S = 10.0
+_CONNECT_S, _READ_S = 10.0, 60.0
 _BEFORE_SENDING = (
     "ConnectTimeoutError",
     "CredentialRetrievalError",
@@ -63,14 +63,15 @@ class Unanswered(ProviderError):
 
 
 class Account:
-    """One account: clients by service and region, made when they are needed. Thread safety: any thread."""
+    """One account: clients by service and region, made when they are needed. `answer_within_s`: what is sent once may take so long,
+    then its outcome is unknown. Thread safety: any thread."""
 
     def __init__(
         self,
         *,
         session: Any = None,
         endpoint: str | None = None,
-        answer_within_s: float = 60.0,
+        answer_within_s: float = 120.0,
     ) -> None:
         self._session, self._endpoint, self._answer_within_s = session, endpoint, answer_within_s
         self._clients: dict[tuple[str, str, bool], Any] = {}
@@ -82,12 +83,12 @@ class Account:
                 client.close()
             self._clients.clear()
 
-    def read(self, service: str, region: str, operation: str, **parameters: Any) -> dict[str, Any]:
-        """One question. Refused, Unanswered."""
+    def ask(self, service: str, region: str, operation: str, **parameters: Any) -> dict[str, Any]:
+        """One call. Refused, Unanswered."""
         return self._call(self._client(service, region, once=False), region, operation, parameters, once=False)
 
-    def read_all(self, service: str, region: str, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
-        """A question with as many pages as there are; `key` names the list in each of them."""
+    def ask_all(self, service: str, region: str, operation: str, key: str, **parameters: Any) -> list[dict[str, Any]]:
+        """A list with as many pages as there are; `key` names the list in each of them."""
         client = self._client(service, region, once=False)
         pages = client.get_paginator(_method(client, operation)).paginate(**parameters)
         found: list[dict[str, Any]] = []
@@ -122,10 +123,10 @@ class Account:
             if client is None:
                 if self._session is None:
                     self._session = _boto("boto3").session.Session()
+                # How often to ask again is the user's own setting (AWS_MAX_ATTEMPTS), but for what is sent once.
+                retries = {"retries": {"total_max_attempts": 1, "mode": "standard"}} if once else {}
                 config = _boto("botocore.config").Config(
-                    connect_timeout=_CONNECT_S,
-                    read_timeout=self._answer_within_s,
-                    retries={"total_max_attempts": 1 if once else 5, "mode": "standard"},
+                    connect_timeout=_CONNECT_S, read_timeout=self._answer_within_s if once else _READ_S, **retries
                 )
                 client = self._session.client(service, region_name=region, endpoint_url=self._endpoint, config=config)
                 self._clients[service, region, once] = client

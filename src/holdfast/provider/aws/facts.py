@@ -1,8 +1,8 @@
 """What is known of instance types and images, asked once in the life of a process: what a request needs beside its order.
 
-Images are named in three ways: `ami-…` (of one region), `us-east-1=ami-…,us-west-2=ami-…`, or `ssm:/path` (a public parameter that is
-looked up in each region). Without a name it is AWS's own with the right drivers. A request holds what came of it, so that a repeated
-call asks for the same image.
+Images are named in three ways: `ami-…` (of one region), `us-east-1=ami-…,us-west-2=ami-…`, or `ssm:/path` (a public parameter,
+looked up in each region). Without a name it is AWS's own with the right drivers. A request holds what came of it, so that a
+repeated call asks for the same image.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from holdfast.provider.aws.account import Account
 
 __all__ = ["AcceleratorFacts", "Facts", "ImageFacts", "Known", "TypeFacts", "image_wish"]
 
-_DLAMI = "ssm:/aws/service/deeplearning/ami/{}/base-oss-nvidia-driver-gpu-amazon-linux-2023/latest/ami-id"
-_NEURON = "ssm:/aws/service/neuron/dlami/base/amazon-linux-2023/latest/image_id"
-_PLAIN = "ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-{}"
+# Of Ubuntu 24.04, because holdfast needs Python 3.11: Amazon Linux 2023 has 3.9. It serves machines without a GPU as well.
+_DLAMI = "ssm:/aws/service/deeplearning/ami/{}/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+_NEURON = "ssm:/aws/service/neuron/dlami/base/ubuntu-24.04/latest/image_id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class TypeFacts:
     markets: tuple[str, ...]
     burstable: bool
     bare_metal: bool
-    current: bool
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> TypeFacts:
@@ -67,7 +66,6 @@ class TypeFacts:
             markets=tuple(told.get("SupportedUsageClasses", ())),
             burstable=bool(told.get("BurstablePerformanceSupported")),
             bare_metal=bool(told.get("BareMetal")),
-            current=bool(told.get("CurrentGeneration", True)),
         )
 
     @property
@@ -102,14 +100,12 @@ def image_wish(named: str | None, region: str, facts: TypeFacts) -> str:
     """`ami-…` or `ssm:/path`, for machines of this type in this region."""
     if named is None:
         makers = {each.maker.upper() for each in facts.accelerators}
-        if "NVIDIA" in makers:
-            return _DLAMI.format(facts.architecture)
         if "AWS" in makers:
             return _NEURON
-        if makers:
+        if makers - {"NVIDIA"}:
             wrong = f"{facts.name} has accelerators of {', '.join(sorted(makers))}, for which no image is known"
             raise UsageError(f"{wrong}; name one as the job's image")
-        return _PLAIN.format(facts.architecture)
+        return _DLAMI.format(facts.architecture)
     by_region = dict(part.strip().split("=", 1) for part in named.split(",") if "=" in part)
     wish = by_region.get(region) if by_region else named.strip()
     if wish is None:
@@ -147,7 +143,7 @@ class Known:
         return {name: self._types[region, name] for name in wanted if (region, name) in self._types}
 
     def learn(self, region: str, filters: Sequence[Mapping[str, Any]]) -> list[TypeFacts]:
-        told = self._account.read_all("ec2", region, "DescribeInstanceTypes", "InstanceTypes", Filters=list(filters))
+        told = self._account.ask_all("ec2", region, "DescribeInstanceTypes", "InstanceTypes", Filters=list(filters))
         found = [TypeFacts.of(each) for each in told]
         with self._lock:
             self._types.update({(region, each.name): each for each in found})
@@ -159,9 +155,9 @@ class Known:
             return known
         ami = wish
         if wish.startswith("ssm:"):
-            answer = self._account.read("ssm", region, "GetParameter", Name=wish.removeprefix("ssm:"))
+            answer = self._account.ask("ssm", region, "GetParameter", Name=wish.removeprefix("ssm:"))
             ami = answer["Parameter"]["Value"]
-        found = self._account.read("ec2", region, "DescribeImages", ImageIds=[ami]).get("Images", ())
+        found = self._account.ask("ec2", region, "DescribeImages", ImageIds=[ami]).get("Images", ())
         if not found:
             raise ProviderError(f"there is no image {ami} in {region}, or this account may not see it")
         facts = _image(found[0])

@@ -1,7 +1,8 @@
 """The exact calls of one launch, as JSON: an order and the facts about its pools in, nothing else. Pure.
 
-A launch template (a fleet wants one), named by the token, then an instant fleet of one machine that may choose among the allowed pools.
-The fleet names the template and not its id: so both calls are known before either is made, and a repeated one is the same to the byte.
+A launch template (a fleet wants one), named by the token, then an instant fleet of one machine that may choose among the allowed
+pools. The fleet names the template and not its id: so both calls are known before either is made, and a repeated one is the same
+to the byte.
 
 A fleet lives in one region: of the allowed pools, those in the region of the best one are asked for.
 """
@@ -26,6 +27,7 @@ from holdfast.provider.base import MachineSpec, Order
 __all__ = [
     "TAG",
     "dollars",
+    "extras_tag",
     "in_one_region",
     "machine_tags",
     "plan_request",
@@ -50,13 +52,13 @@ def plan_request(order: Order, facts: Facts) -> dict[str, Any]:
         raise UsageError(f"the bootstrap script has {len(order.user_data.encode())} bytes; EC2 takes 16 KiB")
     tags = machine_tags(order)
     region, spot = pools[0].pool.region, pools[0].pool.market == "spot"
-    template = {
+    template: dict[str, Any] = {
         "ClientToken": str(uuid.uuid5(_TEMPLATES, order.token)),
         "LaunchTemplateName": template_name(order.token),
         "LaunchTemplateData": _template_data(order, region, pools, facts),
         "TagSpecifications": [_tagged("launch-template", tags)],
     }
-    fleet = {
+    fleet: dict[str, Any] = {
         "ClientToken": order.token,
         "Type": "instant",
         "LaunchTemplateConfigs": [
@@ -142,11 +144,20 @@ def machine_tags(order: Order) -> dict[str, str]:
         "token": order.token,
         "expires": str(order.expires_unix_s),
         "ceiling": str(dearest),
+        "extras": extras_tag(order.spec),
     }
     tags = {**order.tags, **{f"{TAG}{key}": value for key, value in ours.items()}}
     if len(tags) > 49 or any(len(key) > 128 or len(value) > 256 for key, value in tags.items()):
-        raise UsageError("EC2 takes 42 labels beside holdfast's own, with keys up to 128 and values up to 256 characters")
+        raise UsageError(
+            "EC2 takes 41 labels beside holdfast's own, with keys up to 128 and values up to 256 characters"
+        )
     return tags
+
+
+def extras_tag(spec: MachineSpec) -> str:
+    """What is billed beside the machine: `gp3:100+address`. Without a word about addresses there may be one: the subnet decides."""
+    address = ["address"] if spec.network.get("public_address", True) else []
+    return "+".join([f"{spec.disk_type or 'gp3'}:{spec.disk_gib}", *address])
 
 
 def dollars(microusd: int) -> str:
@@ -209,7 +220,9 @@ def _overrides(spec: MachineSpec, pools: Sequence[Allowed], facts: Facts) -> lis
 def _disk(spec: MachineSpec, image: ImageFacts) -> dict[str, Any]:
     kind = spec.disk_type or "gp3"
     if kind not in _DISK_TYPES:
-        raise UsageError(f"aws takes a disk of type {' or '.join(_DISK_TYPES)}, not {kind!r}: others need more than a size")
+        raise UsageError(
+            f"aws takes a disk of type {' or '.join(_DISK_TYPES)}, not {kind!r}: others need more than a size"
+        )
     if spec.disk_gib < image.least_gib:
         raise UsageError(f"the image {image.id} needs a disk of {image.least_gib} GiB or more, not {spec.disk_gib}")
     volume = {"VolumeSize": spec.disk_gib, "VolumeType": kind, "DeleteOnTermination": True}

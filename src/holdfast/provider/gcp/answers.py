@@ -1,7 +1,7 @@
 """What GCP's errors mean, as `core.failures.Failure`. Pure.
 
-An insert is refused twice over: at once by HTTP (a wrong request, missing rights, too many requests), or minutes later in the operation's
-`error` (no capacity, no quota). Both come here as a `Refusal`.
+An insert is refused twice over: at once by HTTP (a wrong request, missing rights, too many requests), or minutes later in the
+operation's `error` (no capacity, no quota). Both come here as a `Refusal`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Refusal:
 
 def failure_of(refusal: Refusal) -> Failure | None:
     """None: nothing definite, so what was asked for may have happened."""
+    if refusal.status == 401:  # its reason is "required", as that of a missing field
+        return Failure.NO_PERMISSION
     for words, failure in _IN_ORDER:
         if any(word in code.upper() for code in refusal.codes for word in words):
             if failure is Failure.QUOTA and refusal.quota_limit == 0:
@@ -83,7 +85,9 @@ def refusal_of_body(status: int, body: bytes, retry_after: str | None = None) ->
         error = json.loads(body)["error"]
         said = str(error.get("message", said))
         codes = [str(each["reason"]) for each in error.get("errors", []) if each.get("reason")]
-        details = [str(each["reason"]) for each in error.get("details", []) if isinstance(each, dict) and each.get("reason")]
+        details = [
+            str(each["reason"]) for each in error.get("details", []) if isinstance(each, dict) and each.get("reason")
+        ]
         codes += [error["status"], *details] if error.get("status") else details
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -97,7 +101,9 @@ def refusal_of_operation(operation: Mapping[str, Any]) -> Refusal | None:
         status = int(operation.get("httpErrorStatusCode") or 0)
         return Refusal(status, (), str(operation.get("httpErrorMessage", ""))) if status else None
     said = "; ".join(str(each.get("message", "")) for each in errors)
-    quotas = [detail["quotaInfo"] for each in errors for detail in each.get("errorDetails", []) if "quotaInfo" in detail]
+    quotas = [
+        detail["quotaInfo"] for each in errors for detail in each.get("errorDetails", []) if "quotaInfo" in detail
+    ]
     limits = [float(quota["limit"]) for quota in quotas if "limit" in quota]
     codes = tuple(str(each.get("code", "")) for each in errors)
     return Refusal(0, codes, said, min(limits) if limits else _limit(said))

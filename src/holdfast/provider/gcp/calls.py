@@ -2,9 +2,9 @@
 
     call("compute", "instances.insert", project=…, body=…) ──→ JSON | Refused (an answer) | Unanswered (none: who knows) | NotSent
 
-`google-api-python-client` sends JSON as it is given, has no retries of its own above the connection, invents no request ids, and ships the
-published descriptions of all the APIs that are needed here. A connection that breaks before an answer comes is tried once more by the
-HTTP library beneath, with the same bytes: with the same request id, therefore.
+`google-api-python-client` sends JSON as it is given, has no retries of its own above the connection, invents no request ids,
+and ships the published descriptions of all the APIs that are needed here. A connection that breaks before an answer comes is
+tried once more by the HTTP library beneath, with the same bytes: with the same request id, therefore.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Calls:
         """`credentials`: of google-auth; None: the application-default ones. `endpoints`: other addresses, by the API's name."""
         self._credentials, self._endpoints, self._timeout_s = credentials, dict(endpoints or {}), timeout_s
         self._project: str | None = None
-        self._services: dict[str, Any] = {}
+        self._resources: dict[tuple[str, ...], Any] = {}
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
@@ -65,7 +65,7 @@ class Calls:
         """All pages of a list. ProviderError for a list that says itself that it is not whole: what it leaves out may be there."""
         what, token = f"{api}.{method}", None
         while True:
-            more = {} if token is None else {"pageToken": token}
+            more: dict[str, Any] = {} if token is None else {"pageToken": token}
             page = self.call(api, method, **parameters, **more)
             _check_whole(what, page)
             yield page
@@ -87,23 +87,25 @@ class Calls:
             each.http.close()
 
     def _request(self, api: str, method: str, parameters: dict[str, Any]) -> Any:
-        service = self._service(api)
         *folders, verb = method.split(".")
-        for folder in folders:
-            service = getattr(service, folder)()
-        return getattr(service, verb)(**parameters)
+        return getattr(self._resource((api, *folders)), verb)(**parameters)
+
+    def _resource(self, path: tuple[str, ...]) -> Any:
+        """`("compute", "instances")`. Kept: the library puts all methods of a resource together anew whenever it is asked for."""
+        if path not in self._resources:
+            found = self._service(path[0]) if len(path) == 1 else getattr(self._resource(path[:-1]), path[-1])()
+            with self._lock:
+                self._resources[path] = found
+        return self._resources[path]
 
     def _service(self, api: str) -> Any:
-        with self._lock:
-            if api not in self._services:
-                discovery, httplib2 = _import("googleapiclient.discovery"), _import("httplib2")
-                options = {"api_endpoint": self._endpoints[api]} if api in self._endpoints else {}
-                # The connection given here is never used: each call brings one of its own.
-                self._services[api] = discovery.build(
-                    api, _VERSIONS[api], http=httplib2.Http(), cache_discovery=False, static_discovery=True,
-                    client_options=options,
-                )  # fmt: skip
-            return self._services[api]
+        discovery, httplib2 = _import("googleapiclient.discovery"), _import("httplib2")
+        options = {"api_endpoint": self._endpoints[api]} if api in self._endpoints else {}
+        # The connection given here is never used: each call brings one of its own.
+        return discovery.build(
+            api, _VERSIONS[api], http=httplib2.Http(), cache_discovery=False, static_discovery=True,
+            client_options=options,
+        )  # fmt: skip
 
     def _execute(self, what: str, request: Any) -> dict[str, Any]:
         errors, auth = _import("googleapiclient.errors"), _import("google.auth.exceptions")
@@ -117,7 +119,13 @@ class Calls:
         except auth.GoogleAuthError as error:
             connection.http.close()
             raise NotSent(f"{what}: {error}") from error
-        except (OSError, http.client.HTTPException, _import("httplib2").HttpLib2Error, ValueError, errors.Error) as error:
+        except (
+            OSError,
+            http.client.HTTPException,
+            _import("httplib2").HttpLib2Error,
+            ValueError,
+            errors.Error,
+        ) as error:
             connection.http.close()
             raise Unanswered(f"{what}: {type(error).__name__}: {error}") from error
         except BaseException:
@@ -155,7 +163,9 @@ def provider_error(what: str, error: _Failed) -> ProviderError:
 
 def _check_whole(what: str, page: Mapping[str, Any]) -> None:
     scopes = page.get("items")
-    warnings = [page.get("warning"), *(each.get("warning") for each in scopes.values())] if isinstance(scopes, dict) else []
+    warnings = (
+        [page.get("warning"), *(each.get("warning") for each in scopes.values())] if isinstance(scopes, dict) else []
+    )
     partial = [warning for warning in warnings if warning and warning.get("code") in _PARTIAL]
     if page.get("unreachables") or partial:
         said = ", ".join(page.get("unreachables") or [str(each.get("message", each["code"])) for each in partial])

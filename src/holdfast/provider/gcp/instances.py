@@ -1,11 +1,4 @@
-"""Machines of Google Cloud, launched one by one into one zone each. See `provider.base.Instances`, and docs/gcp.md.
-
-    order ──→ request ──→ look for an earlier try ──→ instances.insert ──→ its operation, until it is done ──→ the instance
-
-Three things keep a repeated call from making a second machine: the request id (GCP answers with the first operation), the name (two
-instances of one zone cannot share it), and the look for an operation with this request id before anything is sent, for repetitions so late
-that the machine of the first call has come and gone.
-"""
+"""Machines of Google Cloud, launched one by one into one zone each. See `provider.base.Instances`, and docs/gcp.md."""
 
 from __future__ import annotations
 
@@ -15,34 +8,47 @@ from dataclasses import replace
 from typing import Any
 
 from holdfast.core.clock import Clock, SystemClock
-from holdfast.core.errors import LaunchFailed, OutcomeUnknown, ProviderError
+from holdfast.core.errors import LaunchFailed, ProviderError
 from holdfast.core.failures import Failure
 from holdfast.core.launches import client_token
-from holdfast.provider.base import Check, Guarantees, Leftover, Machine, Offer, Order, Wanted
-from holdfast.provider.gcp.answers import Refusal, failure_of, refusal_of_operation
+from holdfast.provider.base import (
+    Bill,
+    BootFacts,
+    Check,
+    Guarantees,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Offer,
+    Order,
+    Wanted,
+)
 from holdfast.provider.gcp.asking import Images, Insert, insert_request
+from holdfast.provider.gcp.billing import MINIMUM_S, Extras, bill_of, extras_of, extras_of_spec
 from holdfast.provider.gcp.calls import Calls, NotSent, Refused, Unanswered, provider_error
 from holdfast.provider.gcp.catalog import BillingCatalog
+from holdfast.provider.gcp.creating import Creating
+from holdfast.provider.gcp.extending import extend
 from holdfast.provider.gcp.leavings import find_leftovers, remove_leftover
 from holdfast.provider.gcp.market import Market
 from holdfast.provider.gcp.preflight import checks
 from holdfast.provider.gcp.prices import Prices
 from holdfast.provider.gcp.sightings import ENDINGS, Life, end_of, lives_of, machine_of
-from holdfast.provider.gcp.words import FLEET, PROVIDER, RUN, TOKEN, label_value, pool_of
+from holdfast.provider.gcp.words import FLEET, PROVIDER, RUN, label_value, pool_of
 
 __all__ = ["GcpInstances"]
 
 _REMEMBER_S = 24 * 3600
 """So long a machine that is gone is told of."""
-_POLL_S = (1.0, 5.0)
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/id"
 _FAILURES = (Refused, Unanswered, NotSent)
 
 
 class GcpInstances:
     """Implements `provider.base.Instances`.
 
-    Thread safety: every method. `close` (or `with`) ends the connections. `create` waits for the operation, up to `operation_s`; then
-    the outcome is unknown, and the same request again goes on waiting.
+    Thread safety: every method. `close` (or `with`) ends the connections. `create` waits for the operation, up to
+    `operation_s`; then the outcome is unknown, and the same request again goes on waiting.
     """
 
     name = PROVIDER
@@ -61,20 +67,27 @@ class GcpInstances:
         endpoints: Mapping[str, str] | None = None,
     ) -> None:
         """`project` and `credentials`: None for the application-default ones. `prices`: None for the Cloud Billing Catalog.
-        `bucket`: of the runs, for the preflight. `preemption_notice_s`: GCP's `preemptionNoticeDuration`, for spot; 0 leaves it out.
+        `bucket`: of the runs, for the preflight. `preemption_notice_s`: GCP's `preemptionNoticeDuration`, for spot; 0 leaves it
+        out.
         """
         self.clock: Clock = clock or SystemClock()
         self.guarantees = Guarantees(
             honours_tokens=True, shutdown_terminates=False, enforces_lifetime=True, tags_at_birth=True, list_delay_s=60,
-            notice_s=max(30, preemption_notice_s), minimum_s=60, boot_s=180, stop_s=120,
+            notice_s=max(30, preemption_notice_s), minimum_s=MINIMUM_S, boot_s=180, stop_s=120,
+        )  # fmt: skip
+        self.boot_facts = BootFacts(
+            # What has been stopped by its guest keeps its disk, until the controller deletes it.
+            end_command="shutdown -h now", machine_command=f"curl -fsS -H 'Metadata-Flavor: Google' {_METADATA}",
         )  # fmt: skip
         self._calls = Calls(credentials=credentials, endpoints=endpoints)
         self._given_project, self._images, self._bucket = project, images or Images(), bucket
-        self._operation_s, self._preemption_notice_s = operation_s, preemption_notice_s
+        self._preemption_notice_s = preemption_notice_s
+        self._creating = Creating(self._calls, self.clock, operation_s, self._read)
         self._market = Market(self._calls, prices or BillingCatalog(self._calls, self.clock))
         self._lock = threading.Lock()
         self._seen: dict[str, Machine] = {}
         """Machines that this object has been shown, by id; those that are gone for `_REMEMBER_S`."""
+        self._extras: dict[str, Extras] = {}
         self._recalled: set[tuple[str, str | None]] = set()
         """Fleets and runs of which the operations have been read once."""
 
@@ -102,17 +115,8 @@ class GcpInstances:
 
     def create(self, request: Mapping[str, Any]) -> Machine:
         insert = Insert.read(request)
-        operation = self._earlier(insert) or self._insert(insert)
-        if isinstance(operation, Machine):
-            return operation
-        done = self._finished(insert, operation)
-        refusal = None if done is None else refusal_of_operation(done)
-        machine = self._there(insert)
-        if machine is not None:
-            return machine
-        if refusal is not None:
-            raise _launch_failed(insert, refusal)
-        return self._gone(insert, done or operation)
+        found = self._creating.create(insert)
+        return found if isinstance(found, Machine) else self._gone(insert, found)
 
     def machines(self, fleet: str, run_id: str | None = None) -> list[Machine]:
         wanted = f'(labels.{FLEET} = "{label_value(fleet)}")'
@@ -121,7 +125,9 @@ class GcpInstances:
         try:
             there = [
                 machine
-                for page in self._calls.pages("compute", "instances.aggregatedList", project=self.project, filter=wanted)
+                for page in self._calls.pages(
+                    "compute", "instances.aggregatedList", project=self.project, filter=wanted
+                )
                 for scope in (page.get("items") or {}).values()
                 for instance in scope.get("instances", [])
                 if (machine := self._read(instance)) and machine.fleet == fleet and run_id in (None, machine.run_id)
@@ -129,6 +135,28 @@ class GcpInstances:
             return there + self._past(fleet, run_id, {machine.id for machine in there})
         except _FAILURES as error:
             raise provider_error(f"the machines of fleet {fleet} could not be listed", error) from error
+
+    def bill(self, machine: Machine) -> Bill:
+        with self._lock:
+            extras = self._extras.get(machine.id)
+        if extras is None and machine.state != "gone":
+            try:
+                self._look(machine)
+            except _FAILURES as error:
+                raise provider_error(f"what {machine.id} costs could not be found out", error) from error
+            with self._lock:
+                extras = self._extras.get(machine.id)
+        return bill_of(machine, extras or Extras(), self.clock.unix_s())
+
+    def extras_microusd_h(self, spec: MachineSpec, region: str) -> int:
+        """Disks and address of a machine, at most, as far as their prices are known."""
+        return extras_of_spec(spec, self._market.prices, region)
+
+    def extend(self, machine: Machine, expires_unix_s: int) -> None:
+        try:
+            extend(self._calls, self.project, machine, expires_unix_s)
+        except _FAILURES as error:
+            raise provider_error(f"the labels of {machine.id} may not have been changed", error) from error
 
     def terminate(self, machines: Sequence[Machine]) -> None:
         """By the instance's number, which is never used again. Without a request id: with one, the answer to a second try would be
@@ -169,87 +197,6 @@ class GcpInstances:
     def preflight(self, order: Order) -> list[Check]:
         return checks(self._calls, self._given_project, self.request, order, self._bucket, self._market)
 
-    def _earlier(self, insert: Insert) -> Mapping[str, Any] | None:
-        """The operation of an earlier try: GCP's memory of request ids is short, and a name is free again after a deletion."""
-        try:
-            for page in self._calls.pages(
-                "compute", "zoneOperations.list", project=insert.project, zone=insert.zone,
-                filter=f'(operationType = "insert") (clientOperationId = "{insert.request_id}")',
-            ):  # fmt: skip
-                for operation in page.get("items", []):
-                    # Not trusted to have filtered.
-                    if operation.get("clientOperationId") == insert.request_id:
-                        return dict(operation)
-        except NotSent as error:
-            raise LaunchFailed(f"GCP: {error}", Failure.NO_PERMISSION) from error
-        except Refused as error:
-            # Who may not read operations may still be allowed to insert, and hears of it there if not.
-            if failure_of(error.refusal) in (None, Failure.ERROR, Failure.THROTTLED):
-                raise OutcomeUnknown(f"GCP: whether {insert.name} was asked for before is not known: {error}") from error
-        except (Unanswered, ProviderError) as error:
-            raise OutcomeUnknown(f"GCP: whether {insert.name} was asked for before is not known: {error}") from error
-        return None
-
-    def _insert(self, insert: Insert) -> Mapping[str, Any] | Machine:
-        try:
-            return self._calls.call(
-                "compute", "instances.insert", project=insert.project, zone=insert.zone, requestId=insert.request_id,
-                body=insert.body,
-            )  # fmt: skip
-        except NotSent as error:
-            raise LaunchFailed(f"GCP: {error}", Failure.NO_PERMISSION) from error
-        except Unanswered as error:
-            raise OutcomeUnknown(f"GCP: no answer to the request for {insert.name}: {error}") from error
-        except Refused as error:
-            if not error.refusal.is_duplicate and failure_of(error.refusal) is None:
-                raise OutcomeUnknown(f"GCP: {insert.name} may have been accepted: {error}") from error
-            machine = self._there(insert, forbidden_is_absence=failure_of(error.refusal) is Failure.NO_PERMISSION)
-            if machine is None:
-                raise _launch_failed(insert, error.refusal) from error
-            return machine
-
-    def _finished(self, insert: Insert, operation: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The operation when it is done; None when GCP has forgotten it. OutcomeUnknown when it takes too long."""
-        until_s = self.clock.monotonic_s() + self._operation_s
-        nap_s, longest_s = _POLL_S
-        problem = ""
-        while operation.get("status") != "DONE":
-            if self.clock.monotonic_s() >= until_s:
-                raise OutcomeUnknown(
-                    f"GCP: the operation {operation['name']} for {insert.name} is still {operation.get('status')} after "
-                    f"{self._operation_s:.0f} s{problem}; the same request again goes on waiting for it"
-                )
-            self.clock.sleep(nap_s)
-            nap_s = min(longest_s, nap_s * 1.5)
-            try:
-                operation = self._calls.call(
-                    "compute", "zoneOperations.get", project=insert.project, zone=insert.zone, operation=operation["name"]
-                )
-            except Refused as error:
-                if error.refusal.is_absence:
-                    return None
-                problem = f" ({error})"
-            except (Unanswered, NotSent) as error:
-                problem = f" ({error})"
-        return operation
-
-    def _there(self, insert: Insert, *, forbidden_is_absence: bool = False) -> Machine | None:
-        """The instance of this name, if it is ours. LaunchFailed when it is somebody else's."""
-        try:
-            found = self._calls.call(
-                "compute", "instances.get", project=insert.project, zone=insert.zone, instance=insert.name
-            )
-        except Refused as error:
-            if error.refusal.is_absence or (forbidden_is_absence and error.refusal.status in (401, 403)):
-                return None
-            raise OutcomeUnknown(f"GCP: whether {insert.name} is there is not known: {error}") from error
-        except (Unanswered, NotSent) as error:
-            raise OutcomeUnknown(f"GCP: whether {insert.name} is there is not known: {error}") from error
-        machine = self._read(found)
-        if machine is None or (found.get("labels") or {}).get(TOKEN) != insert.request_id:
-            raise LaunchFailed(f"GCP: {insert.name} in {insert.zone} is somebody else's", Failure.ERROR)
-        return machine
-
     def _gone(self, insert: Insert, operation: Mapping[str, Any]) -> Machine:
         """It was made, and is not there any more."""
         id = str(operation.get("targetId", ""))
@@ -273,8 +220,9 @@ class GcpInstances:
             return None
         known = self._market.known_microusd_h(self.project, machine.pool)
         machine = machine if known is None else replace(machine, microusd_h=known)
+        extras = extras_of(instance, self._market.prices, machine.pool.region, machine.pool.market)
         with self._lock:
-            self._seen[machine.id] = machine
+            self._seen[machine.id], self._extras[machine.id] = machine, extras
         return machine
 
     def _past(self, fleet: str, run_id: str | None, there: set[str]) -> list[Machine]:
@@ -283,6 +231,7 @@ class GcpInstances:
         with self._lock:
             for id in [id for id, each in self._seen.items() if (each.gone_unix_s or now_s) < now_s - _REMEMBER_S]:
                 del self._seen[id]
+                self._extras.pop(id, None)
             ours = [each for each in self._seen.values() if each.fleet == fleet and run_id in (None, each.run_id)]
             runs = {each.run_id for each in ours} | ({run_id} if run_id is not None else set())
             first = (fleet, run_id) not in self._recalled
@@ -290,18 +239,38 @@ class GcpInstances:
         if not (vanished or first):
             return [each for each in ours if each.id not in there]
         lives = self._lives()
-        ended = [self._ended(each, lives.get(each.id)) for each in vanished]
+        missed = [self._missed(each, lives.get(each.id)) for each in vanished]
         known = {each.id for each in ours}
         for life in lives.values():
             recent = life.gone_unix_s is not None and life.gone_unix_s > now_s - _REMEMBER_S
             if recent and life.id not in known | there:
-                run = next((run for run in sorted(runs) if client_token(run, life.launch) == life.token), None)
+                run = next(
+                    (run for run in sorted(runs) if client_token(run, life.named.launch) == life.named.token), None
+                )
                 if run is not None:
-                    ended.append(end_of(life, fleet, run))
+                    missed.append(end_of(life, fleet, run))
         with self._lock:
-            self._seen.update((each.id, each) for each in ended)
+            self._seen.update((each.id, each) for each in missed)
             self._recalled.add((fleet, run_id))
-        return [each for each in ours if each.state == "gone" and each.id not in there] + ended
+        return [each for each in ours if each.state == "gone" and each.id not in there] + missed
+
+    def _missed(self, machine: Machine, life: Life | None) -> Machine:
+        """A machine that the list has left out: it may be gone, or the list may be late. One that is there can be asked for."""
+        if life is not None and life.gone_unix_s is not None:
+            return self._ended(machine, life)
+        return self._look(machine) or self._ended(machine, life)
+
+    def _look(self, machine: Machine) -> Machine | None:
+        """None: it is not there."""
+        try:
+            found = self._calls.call(
+                "compute", "instances.get", project=self.project, zone=machine.pool.zone, instance=machine.id
+            )
+        except Refused as error:
+            if error.refusal.is_absence:
+                return None
+            raise
+        return self._read(found)
 
     def _lives(self) -> dict[str, Life]:
         pages = self._calls.pages(
@@ -321,9 +290,3 @@ class GcpInstances:
         ended_by = None if life is None else life.ended_by
         gone_unix_s = self.clock.unix_s() if gone_unix_s is None else gone_unix_s
         return replace(machine, state="gone", gone_unix_s=gone_unix_s, ended_by=ended_by or machine.ended_by)
-
-
-def _launch_failed(insert: Insert, refusal: Refusal) -> LaunchFailed:
-    failure = Failure.ERROR if refusal.is_duplicate else failure_of(refusal) or Failure.ERROR
-    message = f"GCP makes no machine in {insert.zone} ({failure.value}): {refusal}"
-    return LaunchFailed(message, failure, retry_after_s=refusal.retry_after_s)

@@ -1,7 +1,7 @@
 """What GCP shows of machines, as `provider.base.Machine`: instances that are there, and operations about those that are not. Pure.
 
-A deleted instance is out of every list at once. That it was there, when it went and who ended it stands in the operations: `insert`,
-`delete`, `compute.instances.preempted`. They name the instance, and so the launch and the token, and nothing else.
+A deleted instance is out of every list at once. That it was there, when it went and who ended it stands in the operations:
+`insert`, `delete`, `compute.instances.preempted`. They name the instance, and so the launch and the token, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ from typing import Any, Literal
 from holdfast.core.launches import Pool
 from holdfast.provider.base import Machine
 from holdfast.provider.gcp.words import (
-    EXPIRES, FLEET, LAUNCH, PRICE, PROVIDER, RUN, TOKEN, last, pool_of, read_label, read_name,
-)  # fmt: skip
+    EXPIRES,
+    FLEET,
+    LAUNCH,
+    PRICE,
+    PROVIDER,
+    RUN,
+    TOKEN,
+    Named,
+    last,
+    pool_of,
+    read_label,
+    read_name,
+)
 
 __all__ = ["ENDINGS", "Ending", "Life", "end_of", "lives_of", "machine_of", "zone_of"]
 
@@ -43,8 +54,7 @@ class Life:
 
     id: str
     zone: str
-    launch: int
-    token: str
+    named: Named
     created_unix_s: float | None = None
     gone_unix_s: float | None = None
     ended_by: Ending | None = None
@@ -56,9 +66,10 @@ def machine_of(instance: Mapping[str, Any], microusd_h: int | None) -> Machine |
     if not {FLEET, RUN, LAUNCH, TOKEN} <= set(labels) or not labels[LAUNCH].isdigit():
         return None
     zone = last(instance["zone"])
-    # A guest that shuts itself down leaves a stopped instance with its disk, which is billed: it is there until it is deleted.
-    state = _STATES.get(instance["status"], "ending")
-    stopped = instance["status"] in ("TERMINATED", "STOPPED")
+    stopped = instance["status"] in ("TERMINATED", "STOPPED", "SUSPENDED")
+    # A guest that shuts itself down leaves a stopped instance with its disk, which is billed. It does not end by itself any
+    # further, so it is there, until somebody deletes it.
+    state = "running" if stopped else _STATES.get(instance["status"], "ending")
     return Machine(
         id=str(instance["id"]), pool=pool_of(zone, instance), state=state, fleet=read_label(labels[FLEET]),
         run_id=read_label(labels[RUN]), launch=int(labels[LAUNCH]), token=labels[TOKEN],
@@ -77,7 +88,7 @@ def lives_of(operations: list[Mapping[str, Any]]) -> dict[str, Life]:
         if named is None or "/instances/" not in target or operation.get("error"):
             continue
         id = str(operation.get("targetId", ""))
-        life = lives.get(id) or Life(id, zone_of(target), *named)
+        life = lives.get(id) or Life(id, zone_of(target), named)
         at_unix_s = _unix_s(operation.get("endTime") or operation["insertTime"])
         if kind == "insert":
             life = replace(life, created_unix_s=_unix_s(operation["insertTime"]))
@@ -91,13 +102,15 @@ def lives_of(operations: list[Mapping[str, Any]]) -> dict[str, Life]:
 
 
 def end_of(life: Life, fleet: str, run_id: str) -> Machine:
-    """A machine that is gone, of which only operations are left: its type is not among what they tell, nor its price."""
-    market: Literal["spot", "on-demand"] = "spot" if life.ended_by == "provider" else "on-demand"
+    """A machine that is gone, of which only operations are left: its type is not among what they tell, and its price is what it
+    could cost at most.
+    """
+    market: Literal["spot", "on-demand"] = "spot" if life.named.spot else "on-demand"
     return Machine(
         id=life.id, pool=Pool(PROVIDER, life.zone.rpartition("-")[0], life.zone, "unknown", market), state="gone",
-        fleet=fleet, run_id=run_id, launch=life.launch, token=life.token, microusd_h=0,
-        created_unix_s=life.created_unix_s or life.gone_unix_s or 0.0, gone_unix_s=life.gone_unix_s,
-        ended_by=life.ended_by,
+        fleet=fleet, run_id=run_id, launch=life.named.launch, token=life.named.token,
+        microusd_h=life.named.ceiling_microusd_h, created_unix_s=life.created_unix_s or life.gone_unix_s or 0.0,
+        gone_unix_s=life.gone_unix_s, ended_by=life.ended_by,
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@
     fleet, run, launch, token, expiry ──→ labels at birth, by which everything is found again
     n1-standard-8+nvidia-tesla-t4:2     a machine type of ours: N1 machines take GPUs as parts; elsewhere they belong to the type
 
-Label values are lower-case letters, digits, `-` and `_`; everything else is written as `_` and two hexadecimal digits for each byte, so
-that what is read is what was meant.
+Label values are lower-case letters, digits, `-` and `_`; everything else is written as `_` and two hexadecimal digits for each
+byte, so that what is read is what was meant.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from holdfast.core.launches import Pool
 from holdfast.provider.base import Order
 
 __all__ = [
+    "DISK",
     "EXPIRES",
     "FLEET",
     "LAUNCH",
     "NAME_START",
     "PRICE",
     "PROVIDER",
+    "REQUEST",
     "RUN",
     "TOKEN",
     "MachineType",
+    "Named",
     "instance_name",
     "label_value",
     "labels_of",
@@ -44,9 +47,13 @@ PROVIDER = "gcp"
 NAME_START = "hf-"
 FLEET, RUN, LAUNCH = "holdfast-fleet", "holdfast-run", "holdfast-launch"
 TOKEN, EXPIRES, PRICE = "holdfast-token", "holdfast-expires", "holdfast-microusd-h"
+DISK = "holdfast-disk"
+"""The boot disk's type: instances do not show it."""
+REQUEST = "holdfast-request"
+"""A digest of the body: a token belongs to one request."""
 _LONGEST_LABEL = 63
 _USER_KEY = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_NAME = re.compile(rf"{NAME_START}(\d+)-([0-9a-f]{{32}})")
+_NAME = re.compile(rf"{NAME_START}(\d+)-([0-9a-f]{{32}})-([sd])(\d+)")
 _TYPE = re.compile(r"(?P<type>[a-z][a-z0-9-]*)(?:\+(?P<part>[a-z][a-z0-9-]*):(?P<count>[1-9]\d?))?")
 
 
@@ -68,7 +75,9 @@ class MachineType:
                 f"not a machine type of GCP: {text!r}; like a2-highgpu-1g, or n1-standard-8+nvidia-tesla-t4:1 with GPUs as parts"
             )
         if found["part"] and not found["type"].startswith(("n1-", "custom-")):
-            raise UsageError(f"{text}: only N1 machines take GPUs as parts; elsewhere the machine type says which it has")
+            raise UsageError(
+                f"{text}: only N1 machines take GPUs as parts; elsewhere the machine type says which it has"
+            )
         return cls(found["type"], found["part"] or "", int(found["count"] or 0))
 
     def __str__(self) -> str:
@@ -94,15 +103,32 @@ def request_id(token: str) -> str:
     return str(found)
 
 
-def instance_name(launch: int, token: str) -> str:
-    """Derived from the token, so it is the same in every repetition and for nobody else."""
-    return f"{NAME_START}{launch}-{uuid.UUID(request_id(token)).hex}"
+def instance_name(order: Order) -> str:
+    """`hf-<launch>-<token>-<s or d><ceiling>`: derived from the token, so it is the same in every repetition and for nobody
+    else. When the instance is gone its name is all that is left of it, so its market and what it could cost per hour are said
+    there as well.
+    """
+    first = order.allowed[0]
+    token = uuid.UUID(request_id(order.token)).hex
+    return f"{NAME_START}{order.launch}-{token}-{first.pool.market[0].replace('o', 'd')}{first.ceiling_microusd_h}"
 
 
-def read_name(name: str) -> tuple[int, str] | None:
-    """Launch and token; None for what is not named by us."""
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a name says."""
+
+    launch: int
+    token: str
+    spot: bool
+    ceiling_microusd_h: int
+
+
+def read_name(name: str) -> Named | None:
+    """None for what is not named by us."""
     found = _NAME.fullmatch(name)
-    return None if found is None else (int(found[1]), str(uuid.UUID(found[2])))
+    if found is None:
+        return None
+    return Named(int(found[1]), str(uuid.UUID(found[2])), found[3] == "s", int(found[4]))
 
 
 def label_value(text: str) -> str:
