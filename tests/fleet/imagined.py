@@ -33,7 +33,7 @@ from holdfast.core.launches import (
     word_key,
 )
 from holdfast.core.sealed import seal, unseal
-from holdfast.provider.base import Bill, Check, Guarantees, Leftover, Machine, Offer, Order, Wanted
+from holdfast.provider.base import Bill, Check, Guarantees, Leftover, Machine, MachineSpec, Offer, Order, Wanted
 from holdfast.store.base import Store
 from holdfast.testing.clock import ManualClock
 
@@ -468,6 +468,9 @@ class ImaginedCloud:
                 known.shut_down("owner")
 
         self.fuse.around(end)
+
+    def extras_microusd_h(self, spec: MachineSpec, region: str) -> int:
+        return 0
 
     def extend(self, machine: Machine, expires_unix_s: int) -> None:
         return None

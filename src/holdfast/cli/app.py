@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from holdfast.cli.checkpoints import checkpoints_app
+from holdfast.cli.conformance import conformance
 from holdfast.cli.drill import drill
 from holdfast.cli.explain_save import explain_save
 from holdfast.cli.launch import controller, launch
@@ -86,6 +87,7 @@ app.command("cancel")(cancel)
 app.command("down")(down)
 app.command("controller")(controller)
 app.command("sweep-leaks")(sweep_leaks)
+app.command("conformance")(conformance)
 app.command("machine")(machine)
 
 

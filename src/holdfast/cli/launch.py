@@ -88,7 +88,7 @@ def launch(
         raise UsageError(
             "where does the run live? Give --run URL, or `checkpoint: {url: s3://bucket/runs/name}` in the job file"
         )
-    provider = instances_named(provider_of(read), cloud, wanted_of(read).regions)
+    provider = instances_named(provider_of(read), cloud, wanted_of(read).regions, run_url=home)
     with opened_stores() as open_home:
         store = open_home(home)
         trial = Mandate(
@@ -130,13 +130,16 @@ def controller(url: Annotated[str, typer.Argument(metavar="URL", help="The run."
     Examples:
       holdfast controller s3://bucket/runs/gpt
     """
-    from holdfast.fleet.mandate import read_mandate
+    from holdfast.core.jobfile import parse_job
+    from holdfast.fleet.mandate import read_mandate, wanted_of
     from holdfast.provider.registry import instances_named
 
     with opened_stores() as open_home:
         store = open_home(url)
         mandate = read_mandate(store)
-        _leave(_control(mandate, store, instances_named(mandate.provider, mandate.place), slice_))
+        regions = wanted_of(parse_job(mandate.job_text)).regions
+        provider = instances_named(mandate.provider, mandate.place, regions, run_url=store.url)
+        _leave(_control(mandate, store, provider, slice_))
 
 
 def _control(mandate: Mandate, store: Store, provider: Instances, slice_: str) -> Over | None:

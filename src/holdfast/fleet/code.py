@@ -49,9 +49,12 @@ def code_of(workdir: str | None, store: Store, base: Path) -> PackedCode | GitCo
     """The code that a job file's `workdir` names: a folder (relative to the job file), or `URL@commit`."""
     if workdir is None:
         return None
-    found = re.fullmatch(r"((?:https|ssh)://[^\s@]+(?:@[^\s@/]+)?[^\s@]*|git@[^\s@]+)@([0-9a-f]{40})", workdir)
+    found = re.fullmatch(r"((?:https://|ssh://|git@).+)@([0-9a-f]{40}|[0-9a-f]{64})", workdir)
     if found is not None:
-        return GitCode(url=found[1], commit=found[2])
+        try:
+            return GitCode(url=found[1], commit=found[2])
+        except ValueError as error:
+            raise UsageError(f"workdir: {error}") from None
     folder = (base / workdir).expanduser()
     if not folder.is_dir():
         raise UsageError(

@@ -29,7 +29,7 @@ from holdfast.policy.market.rules_parse import RULE_KEYS, parse_rules
 from holdfast.provider.base import Instances, MachineSpec, Wanted
 from holdfast.store.base import Store
 
-__all__ = ["MANDATE_KEY", "Mandate", "commission", "provider_of", "read_mandate", "terms_of", "wanted_of"]
+__all__ = ["MANDATE_KEY", "Mandate", "commission", "provider_of", "read_mandate", "spec_of", "terms_of", "wanted_of"]
 
 MANDATE_KEY = "control/mandate"
 DEFAULT_FALLBACK = Fallback(3, 600)
@@ -158,7 +158,7 @@ def wanted_of(job: JobFile) -> Wanted:
     )
 
 
-def _spec_of(job: JobFile) -> MachineSpec:
+def spec_of(job: JobFile) -> MachineSpec:
     resources, machine = job.resources, job.machine
     usual = MachineSpec()
     return MachineSpec(
@@ -190,6 +190,12 @@ def rules_of(job: JobFile) -> Rules:
     return rules
 
 
+def _extras_of(provider: Instances, spec: MachineSpec, wanted: Wanted) -> int:
+    """The dearest region that may be used."""
+    regions = wanted.regions or tuple({offer.pool.region for offer in provider.offers(wanted)})
+    return max((provider.extras_microusd_h(spec, region) for region in regions), default=0)
+
+
 def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | None = None) -> Terms:
     """What a controller works under. UsageError for what the job file contradicts itself in."""
     job = parse_job(mandate.job_text, "the launched job file")
@@ -207,7 +213,7 @@ def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | 
     cap = None if job.budget is None else round(job.budget * _MICRO)
     return Terms(
         run_id=mandate.run_id, url=url, fleet=mandate.fleet, name=job.name or "job", provider=mandate.provider,
-        guarantees=provider.guarantees, wanted=wanted_of(job), spec=_spec_of(job), rules=rules, labels=job.machine.labels,
+        guarantees=provider.guarantees, wanted=wanted_of(job), spec=spec_of(job), rules=rules, labels=job.machine.labels,
         budget=BudgetLimits(
             cap_microusd=cap, max_microusd_h=rules.max_microusd_h, max_nodes=2, slice_s=slice_s or _DEFAULT_SLICE_S
         ),
@@ -215,4 +221,5 @@ def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | 
         started_unix_s=mandate.started_unix_s,
         changeover_s=changeover_s if changeover_s is not None else provider.guarantees.boot_s + 180,
         retry_exit_codes=codes,
+        extras_microusd_h=_extras_of(provider, spec_of(job), wanted_of(job)),
     )  # fmt: skip

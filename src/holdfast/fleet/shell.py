@@ -15,6 +15,7 @@ from holdfast.core.clock import Clock
 from holdfast.core.errors import LaunchFailed, OutcomeUnknown, ProviderError, StoreError
 from holdfast.core.events import Event as LedgerEvent
 from holdfast.core.events import Sink
+from holdfast.core.failures import Failure
 from holdfast.core.launches import (
     Answer,
     Command,
@@ -165,7 +166,7 @@ class Controller:
                 case Give():
                     changed |= self._give(instruction)
                 case CallCreate():
-                    changed |= self._call(instruction.launch)
+                    changed |= self._call(instruction.launch, again=instruction.again)
                 case Close():
                     changed |= self._close(instruction)
                 case Tell():
@@ -231,7 +232,7 @@ class Controller:
         except ProviderError as error:
             self._say(f"the tags of {machine.id} could not be renewed: {error}")
 
-    def _call(self, launch: int) -> bool:
+    def _call(self, launch: int, *, again: bool) -> bool:
         """On fresh knowledge: what was suspended between the decision and here must not act on it."""
         if self._clock.monotonic_s() - self._read_at_s > _FRESH_S:
             self._read()
@@ -247,6 +248,9 @@ class Controller:
             self._emit("launch.unknown", launch, said=str(error))
             return False
         except LaunchFailed as error:
+            if again and error.failure in _SAYS_NOTHING:
+                self._say(f"launch {launch}: {error}; what came of the first call is not known")
+                return False
             record = Answer(
                 format=FORMAT_VERSION, launch=launch, nonce=nonce, outcome="failed", failure=error.failure, detail=str(error),
                 retry_after_s=error.retry_after_s, at_unix_s=float(self._now_s()),
@@ -322,5 +326,7 @@ class Controller:
         self._say(f"{kind} {launch}: {said}")
 
 
+_SAYS_NOTHING = (Failure.THROTTLED, Failure.NO_PERMISSION)
+"""Refused before anything was looked up: of an earlier call with the same token it says nothing."""
 _LONGEST_LIFE_S = 7 * 86400
 """Asked of a provider that ends machines by itself, where a grant can be renewed: renewals cannot move it."""

@@ -25,13 +25,14 @@ from holdfast.store.base import Store
 __all__ = ["FirstChoice", "boot_with", "controller_of", "first_choice"]
 
 
-def boot_with(url: str, provider: Instances, pieces: list[Piece]) -> Callable[[int], str]:
-    """The bootstrap script of a launch."""
+def boot_with(url: str, provider: Instances, pieces: list[Piece], terms: Terms) -> Callable[[int], str]:
+    """The bootstrap script of a launch. Without a grant a machine is there no longer than with the shortest one."""
     facts = provider.boot_facts
+    limit_s = min(facts.boot_limit_s, terms.changeover_s + terms.useful_s)
 
     def boot(launch: int) -> str:
         return bootstrap_script(
-            run_url=url, launch=launch, pieces=pieces, end_command=facts.end_command, boot_limit_s=facts.boot_limit_s,
+            run_url=url, launch=launch, pieces=pieces, end_command=facts.end_command, boot_limit_s=limit_s,
             folder=facts.folder, python=facts.python, machine_command=facts.machine_command, environment=facts.environment,
         )  # fmt: skip
 
@@ -53,7 +54,7 @@ def controller_of(
     """Raises UsageError for a job that contradicts itself."""
     terms = terms_of(mandate, store.url, provider, slice_s=slice_s)
     records = RunRecords(store, clock=provider.clock, tokens=tokens)
-    boot = boot_with(store.url, provider, [own_wheel(store)])
+    boot = boot_with(store.url, provider, [own_wheel(store)], terms)
     return Controller(records, provider, terms, boot=boot, clock=clock, sink=sink, say=say, pace=pace)
 
 

@@ -77,9 +77,11 @@ def verdict(view: RunView, terms: Terms) -> Over | None:
         if launch.pulse is not None and launch.pulse.kept_step > best_step:
             best_step, failures = launch.pulse.kept_step, 0
         released = launch.released
-        if released is None or released.exit_code is None or launch.claimed is None:
+        if released is None or released.exit_code is None:
             continue
         code = released.exit_code
+        if code == EXIT_DONE and launch.claimed is None:
+            continue
         if code == EXIT_DONE:
             return Over(outcome="done", exit_code=0, reasons=(f"launch {launch.launch} has finished the run",))
         if code in _UNCOUNTED or code in terms.retry_exit_codes or launch.told("stop") or launch.notice is not None:

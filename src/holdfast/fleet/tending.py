@@ -141,6 +141,8 @@ def _why_end(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase:
     """Why the provider is asked to end it, if it has not ended by itself in time."""
     if is_superseded(view, launch):
         return "its successor has taken over"
+    if launch.machine is not None and launch.machine.ended_by is not None:
+        return "it has shut down, and is billed all the same"
     if grant_left_s(launch, now_s) + terms.guarantees.list_delay_s < 0:
         return "its grant is over"
     released = launch.released

@@ -213,6 +213,10 @@ class Instances(Protocol):
         """Every pool that fits, spot and on-demand, with its price now. ProviderError."""
         ...
 
+    def extras_microusd_h(self, spec: MachineSpec, region: str) -> int:
+        """The most that disks and an address of such a machine cost beside it. ProviderError where a price is not known."""
+        ...
+
     def request(self, order: Order) -> dict[str, Any]:
         """The exact call, as JSON: pure. What it holds is all that `create` will send. UsageError for what cannot be asked for."""
         ...

@@ -11,35 +11,54 @@ from holdfast.provider.base import Instances
 __all__ = ["INSTANCES", "instances_named"]
 
 
-def _local(place: str, regions: Sequence[str]) -> Instances:
+def _local(place: str, regions: Sequence[str], run_url: str | None) -> Instances:
     from holdfast.provider.local import LocalCloud
 
-    return LocalCloud.open(Path(place).expanduser() if place else Path("~/.local/share/holdfast/cloud").expanduser())
+    cloud = LocalCloud.open(Path(place or "~/.local/share/holdfast/cloud").expanduser())
+    if run_url is not None and cloud.speed != 1:
+        raise UsageError(
+            f"the rehearsal cloud in {cloud.folder} runs {cloud.speed:g} of its seconds in one of a machine's, and a grant is one "
+            "figure for both: rehearse launches at speed 1, with shorter gaps in the trace"
+        )
+    return cloud
 
 
-def _aws(place: str, regions: Sequence[str]) -> Instances:
+def _aws(place: str, regions: Sequence[str], run_url: str | None) -> Instances:
     from holdfast.provider.aws import AwsInstances
 
-    return AwsInstances(regions=tuple(regions))
+    return AwsInstances(regions, run_url=run_url)
 
 
-def _gcp(place: str, regions: Sequence[str]) -> Instances:
+def _gcp(place: str, regions: Sequence[str], run_url: str | None) -> Instances:
     from holdfast.provider.gcp import GcpInstances
 
-    return GcpInstances(project=place)
+    bucket = None if run_url is None or not run_url.startswith("gs://") else run_url.removeprefix("gs://").split("/")[0]
+    return GcpInstances(place or None, bucket=bucket)
 
 
-INSTANCES: dict[str, Callable[[str, Sequence[str]], Instances]] = {"local": _local, "aws": _aws, "gcp": _gcp}
+INSTANCES: dict[str, Callable[[str, Sequence[str], str | None], Instances]] = {
+    "local": _local,
+    "aws": _aws,
+    "gcp": _gcp,
+}
 """Where machines are launched one by one. `place`: a rehearsal cloud's folder, or a GCP project."""
 
 
-def instances_named(name: str, place: str = "", regions: Sequence[str] = ()) -> Instances:
-    """The provider of that name. UsageError that lists the names there are, and for one whose SDK is not installed."""
+def instances_named(
+    name: str, place: str = "", regions: Sequence[str] = (), *, run_url: str | None = None
+) -> Instances:
+    """The provider of that name; `run_url`: of the run that is to be launched there. UsageError that lists the names there are, and
+    for one whose SDK is not installed."""
+    if name == "slurm":
+        raise UsageError(
+            "Slurm requeues by itself, so no controller of ours runs above it: submit the job with sbatch (docs/slurm.md), or from "
+            "Python with holdfast.provider.slurm.SlurmDelegate"
+        )
     try:
         opened = INSTANCES[name]
     except KeyError:
         raise UsageError(f"there is no provider {name!r}; there are {', '.join(INSTANCES)}") from None
     try:
-        return opened(place, regions)
+        return opened(place, regions, run_url)
     except ImportError as error:
         raise UsageError(f"{name} needs its SDK: pip install 'holdfast[{name}]' ({error})") from None

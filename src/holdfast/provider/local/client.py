@@ -21,7 +21,7 @@ import msgspec
 from holdfast.core.clock import Clock, SystemClock
 from holdfast.core.errors import LaunchFailed, OutcomeUnknown, ProviderError, UsageError
 from holdfast.core.failures import Failure
-from holdfast.provider.base import Bill, Check, Leftover, Machine, Offer, Order, Wanted
+from holdfast.provider.base import Bill, Check, Leftover, Machine, MachineSpec, Offer, Order, Wanted
 from holdfast.provider.local.billing import bill
 from holdfast.provider.local.clock import CloudClock
 from holdfast.provider.local.starting import BILL, find, find_or_start
@@ -117,6 +117,10 @@ class LocalCloud:
     def offers(self, wanted: Wanted) -> list[Offer]:
         found = self._get("/offers", {}, list[tuple[Offer, _Type | None]])
         return [offer for offer, type in found if _fits(offer, type or _Type(), wanted)]
+
+    def extras_microusd_h(self, spec: MachineSpec, region: str) -> int:
+        rules = self.address.rules
+        return spec.disk_gib * rules.disk_microusd_gib_h + rules.address_microusd_h
 
     def request(self, order: Order) -> dict[str, Any]:
         _check(order)
