@@ -77,6 +77,7 @@ class World:
     budget_microusd: int | None = None
     rules: Rules = field(default_factory=lambda: Rules(fallback=Fallback(3, 600)))
     deadline_s: int | None = None
+    policy: str = "greedy"
     work_s: int = 1800
     cloud_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -104,7 +105,7 @@ class World:
         return Terms(
             run_id="run", url="memory://run", fleet="fleet", name="test", provider="imagined", guarantees=self.cloud.guarantees,
             wanted=Wanted(), spec=MachineSpec(), rules=self.rules, started_unix_s=self.born_s, work_s=known_work,
-            deadline_unix_s=deadline_s, policy="greedy", changeover_s=BOOT_S + 60, final_s=16, claim_limit_s=400,
+            deadline_unix_s=deadline_s, policy=self.policy, changeover_s=BOOT_S + 60, final_s=16, claim_limit_s=400,
             budget=BudgetLimits(cap_microusd=self.budget_microusd, slice_s=900, max_nodes=2),
             retry=RetryLimits(after_failure=Backoff(10, 60), after_preemption=Backoff(10, 60), in_a_storm=Backoff(10, 60)),
         )  # fmt: skip

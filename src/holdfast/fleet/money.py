@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from holdfast.core.launches import Allowed, GrantRecord
 from holdfast.fleet.terms import Terms
 from holdfast.fleet.view import LaunchView, RunView
 from holdfast.policy import budget
-from holdfast.policy.budget_facts import BudgetState, Grant, LaunchAsk
+from holdfast.policy.budget_facts import HOUR_S, BudgetLimits, BudgetState, Grant, LaunchAsk
 
-__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "lifetime_s", "used_s"]
+__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "lifetime_s", "limits_for", "used_s"]
+
+_SLICES = 4
+"""A budget pays for at least so many slices."""
 
 
 def as_grant(record: GrantRecord) -> Grant:
@@ -33,6 +38,16 @@ def ask_for(launch: int, allowed: tuple[Allowed, ...], terms: Terms) -> LaunchAs
         minimum_s=terms.guarantees.minimum_s,
         least_s=terms.changeover_s + terms.useful_s,
     )
+
+
+def limits_for(ask: LaunchAsk, terms: Terms) -> BudgetLimits:
+    """The budget's limits, with slices that leave room for a second machine: where one grant took all that is left, no replacement
+    could be made ready while the old machine still saves."""
+    limits = terms.budget
+    if limits.cap_microusd is None or not ask.microusd_h:
+        return limits
+    share_s = limits.cap_microusd * HOUR_S // (_SLICES * ask.microusd_h)
+    return replace(limits, slice_s=max(ask.least_s, min(limits.slice_s, share_s)))
 
 
 def budget_of(view: RunView) -> BudgetState:

@@ -26,7 +26,7 @@ from holdfast.core.contract import (
 )
 from holdfast.fleet.instructions import Instruction, Over, Propose
 from holdfast.fleet.market import Place, Wait, ask_market, where
-from holdfast.fleet.money import ask_for, budget_of
+from holdfast.fleet.money import ask_for, budget_of, limits_for
 from holdfast.fleet.phases import Phase, is_superseded, phase_of
 from holdfast.fleet.tending import dismiss, tell, tend
 from holdfast.fleet.terms import Terms
@@ -113,7 +113,7 @@ def _want(view: RunView, terms: Terms, now_s: int) -> tuple[RunView, tuple[Instr
         return view, told, Outlook((f"launch {ahead.launch} is {phases[ahead.launch].value}", *market.reasons))
     if stays:
         return view, (), Outlook(market.reasons)
-    if working is not None and market.market == "nothing":
+    if working is not None and not going and market.market == "nothing":
         return view, tell(working, "stop", market.reasons), Outlook(market.reasons)
     place = where(view, terms, now_s, market)
     if isinstance(place, Place):
@@ -162,7 +162,8 @@ def _propose(
 ) -> tuple[RunView, tuple[Instruction, ...], Outlook]:
     """If the budget allows it: the grant itself is written after the number is won, on what is known then."""
     number = view.next_launch
-    _, decision = budget.grant(budget_of(view), terms.budget, ask_for(number, place.allowed, terms))
+    ask = ask_for(number, place.allowed, terms)
+    _, decision = budget.grant(budget_of(view), limits_for(ask, terms), ask)
     if not isinstance(decision, Refused):
         predecessor = None if working is None else working.launch
         reasons = (*place.reasons, *decision.reasons)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from holdfast.fleet.instructions import Book, CallCreate, Close, End, Give, Instruction, Over, Tell
-from holdfast.fleet.money import ask_for, budget_of, grant_left_s, used_s
+from holdfast.fleet.money import as_grant, ask_for, budget_of, grant_left_s, limits_for, used_s
 from holdfast.fleet.phases import Phase, is_absent, is_superseded, phase_of
 from holdfast.fleet.terms import Terms
 from holdfast.fleet.view import LaunchView, RunView
@@ -78,7 +78,8 @@ def _asked(view: RunView, launch: LaunchView, terms: Terms, now_s: int) -> list[
     if not launch.won and age_s < _OTHERS_S:
         return []
     if not launch.grants:
-        _, decision = budget.grant(budget_of(view), terms.budget, ask_for(launch.launch, intent.allowed, terms))
+        ask = ask_for(launch.launch, intent.allowed, terms)
+        _, decision = budget.grant(budget_of(view), limits_for(ask, terms), ask)
         if isinstance(decision, Granted):
             return [Give(part=0, grant=decision.grant, reasons=decision.reasons)]
         return [Close(launch=launch.launch, outcome="void", detail="; ".join(decision.reasons))]
@@ -159,7 +160,8 @@ def _why_end(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase:
 def _renew(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase: Phase) -> list[Instruction]:
     if not launch.grants:
         return [_end(launch, _named(launch), "it has no grant")]
-    _, decision = budget.renew(budget_of(view), terms.budget, launch.launch, used_s(launch, now_s))
+    limits = limits_for(as_grant(launch.grants[0]).ask, terms)
+    _, decision = budget.renew(budget_of(view), limits, launch.launch, used_s(launch, now_s))
     if isinstance(decision, Renewed):
         return [Give(part=max(each.part for each in launch.grants) + 1, grant=decision.grant, reasons=decision.reasons)]
     if isinstance(decision, StopNow):
