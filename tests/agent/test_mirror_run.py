@@ -196,7 +196,7 @@ KINDS = pytest.mark.parametrize(
 
 @KINDS
 def test_killed_at_random_moments_it_comes_to_its_end_without_ever_reading_a_torn_file(place: Place) -> None:
-    bring_to_its_end(place, kills=4, seed=3)
+    bring_to_its_end(place, kills=3, seed=3)
     assert any(step > 0 for step in place.started_at), "it did resume"
     report = verify(LocalStore(Path(place.url)), open_home=lambda url: LocalStore(Path(url)))
     assert report.good

@@ -172,7 +172,7 @@ def test_a_killed_agent_is_none_whoever_has_its_number_and_a_stopped_one_is_miss
         for each in (stopped, well):
             until_said(each, b"ready\n")
         stopped.send_signal(signal.SIGSTOP)
-        code, said = notify("--deadline", "8 s")
+        code, said = notify("--deadline", "5 s")
         assert code == 69
         assert f"agent {stopped.pid} could NOT be told (it does not answer)\n" in said
         assert f"agent {well.pid} has kept everything\n" in said

@@ -46,7 +46,8 @@ def _operations_alone() -> int:
 
 
 @settings(
-    max_examples=300 * SCALE, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=3000 if SCALE > 1 else 200, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from(_ACTIONS)), max_size=16))
 def test_any_schedule(events: list[tuple[int, str]]) -> None:
@@ -58,7 +59,7 @@ def test_every_pair_of_preemptions() -> None:
     """A stops anywhere, B takes over and stops anywhere, A wakes up and goes on, then B."""
     total = _operations_alone()
     for first in range(total + 1):
-        for second in range(first % 3, total + 12, 1 if SCALE > 1 else 3):
+        for second in range(first % 5, total + 12, 1 if SCALE > 1 else 5):
             world = World()
             play(world, _cast(world, "AB"), [(first, "B"), (second, "A")])
 

@@ -26,6 +26,7 @@ from holdfast.core.errors import UsageError
 QUICK = ["--samples", "20", "--no-sensitivity"]
 PRICED = ["--on", "A100:8", "--price-on-demand", "20", "--price-spot", "6", "--changeover", "5 min", "--mean-life", "4h",
           "--checkpoint-size", "1GiB"]  # fmt: skip
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 JOB = Path(__file__).parents[2] / "examples" / "plan" / "job.yaml"
 
 
@@ -85,7 +86,8 @@ def test_the_examples_of_the_help_work(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"holdfast plan (.*)", planned("--help").split("Examples:")[1])
     assert len(examples) == 5
-    for example in examples:
+    # The second one has no option that others have not.
+    for example in examples if LONG else [examples[0], *examples[2:]]:
         words = shlex.split(example)
         if "--measured" in words:
             at = words.index("--measured")

@@ -21,11 +21,13 @@ from holdfast.testing.metadata import metadata_server
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 TRAININGS, ROUNDS = (10, 5) if LONG else (2, 1)
 """At once, since they mostly wait; and how often."""
-LEAD_S = {"aws": 14.0, "gcp": 12.0, "azure": 15.0}
+LEAD_S = {"aws": 13.0, "gcp": 11.0, "azure": 10.0}
 """AWS is asked every 5 s, so half of it may be over when it is heard."""
 
 
-@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+@pytest.mark.parametrize(
+    "cloud", [pytest.param("aws", marks=pytest.mark.long), pytest.param("gcp", marks=pytest.mark.long), "azure"]
+)
 def test_at_random_moments(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, cloud: str) -> None:
     rng = random.Random(cloud)
     notice = f"gcp:{LEAD_S['gcp']:g}s" if cloud == "gcp" else cloud
@@ -66,7 +68,14 @@ def test_from_a_file(zygote: Zygote, reference: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "place", ["stepping:3", f"evaluating:{0}", f"waiting:{4 * PER_EPOCH + 2}", "waiting:1", "restored"]
+    "place",
+    [
+        pytest.param("stepping:3", marks=pytest.mark.long),
+        f"evaluating:{0}",
+        f"waiting:{4 * PER_EPOCH + 2}",
+        pytest.param("waiting:1", marks=pytest.mark.long),
+        "restored",
+    ],
 )
 @pytest.mark.parametrize("lead_s", [3.0])
 def test_at_a_place(zygote: Zygote, reference: dict[str, Any], tmp_path: Path, place: str, lead_s: float) -> None:

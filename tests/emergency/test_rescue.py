@@ -21,7 +21,7 @@ from holdfast.store.base import Store
 from holdfast.store.local import LocalStore
 
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
-KILLS = 100 if LONG else 8
+KILLS = 100 if LONG else 5
 
 
 class Told:

@@ -71,7 +71,10 @@ def test_a_difference_is_told(
 
 @pytest.mark.parametrize(
     ("number", "exit_code", "trained"),
-    [(signal.SIGINT, EXIT_INTERRUPTED, True), (signal.SIGTERM, 128 + signal.SIGTERM, False)],
+    [
+        pytest.param(signal.SIGINT, EXIT_INTERRUPTED, True, marks=pytest.mark.long),
+        (signal.SIGTERM, 128 + signal.SIGTERM, False),
+    ],
     ids=["Ctrl-C while training", "SIGTERM while starting"],
 )
 def test_stopped(tmp_path: Path, number: signal.Signals, exit_code: int, trained: bool) -> None:

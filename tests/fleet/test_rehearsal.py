@@ -22,6 +22,7 @@ from holdfast.provider.local import LocalCloud
 HOLDFAST = [sys.executable, "-m", "holdfast"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chargpt"
 GIVE_UP_S = 300.0
+CANARY = "canary-0f8e2d6a91c4b7"
 COUNTING = """
 import os, time, numpy as np, holdfast
 class Count:
@@ -149,7 +150,12 @@ def test_taken_once_and_the_controller_killed(rehearse: Any, tmp_path: Path) -> 
     code = tmp_path / "code"
     code.mkdir()
     (code / "count.py").write_text(COUNTING)
-    world = rehearse(CONFIG, {"name": "count", "run": "python count.py", "workdir": "code", "budget": 2})
+    secret = tmp_path / "token"
+    secret.write_text(CANARY)
+    secret.chmod(0o600)
+    run = "test ${#TOKEN} -gt 20\npython count.py"
+    secrets = {"TOKEN": f"file:{secret}"}
+    world = rehearse(CONFIG, {"name": "count", "run": run, "workdir": "code", "budget": 2, "secrets": secrets})
     world.launch()
     world.wait_for(lambda: "attempt 1" in world.output() if (tmp_path / "run" / "logs").exists() else False)
     world.kill_controller()
@@ -166,6 +172,9 @@ def test_taken_once_and_the_controller_killed(rehearse: Any, tmp_path: Path) -> 
     assert counted[0] in world.output()
     assert [line["why"] for line in world.status()["launches"]] == ["preempted", "released, exit code 0"]
     world.check_books()
+    for place in (tmp_path / "run", tmp_path / "cloud", tmp_path / "controller.log"):
+        for path in place.rglob("*") if place.is_dir() else (place,):
+            assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ import pytest
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize(("cap_mib", "expected_slots"), [(64, 2), (40, 1)])
+@pytest.mark.parametrize(("cap_mib", "expected_slots"), [pytest.param(64, 2, marks=pytest.mark.long), (40, 1)])
 def test_staging_stays_under_the_cap(cap_mib: int, expected_slots: int) -> None:
     script = Path(__file__).parent / "crowded.py"
     done = subprocess.run(

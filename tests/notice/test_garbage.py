@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ def watchers(endpoint: str) -> list[Watcher]:
     return [AwsWatcher(endpoint, timeout_s=60.0), azure, *gcp.watchers(endpoint, timeout_s=60.0)]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if os.environ.get("HOLDFAST_TEST_SCALE") == "long" else 60)
 @given(answer=ANSWERS, with_token=st.booleans())
 def test_whatever_is_answered_nothing_is_raised(
     scripted: tuple[Scripted, str], answer: Answer, with_token: bool

@@ -22,7 +22,7 @@ from holdfast.store.base import Body
 from holdfast.store.local import LocalStore
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_power_fails_after_every_change(tmp_path: Path, named: bool) -> None:
     made = record(tmp_path / "base", named=named)
     survivors = Survivors(tmp_path / "cut", named=named)
@@ -37,7 +37,10 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, record(tmp_path_factory.mktemp("told") / "base", named=request.param)
 
 
-@settings(max_examples=100 * SCALE, deadline=None, derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=1000 if SCALE > 1 else 60, deadline=None, derandomize=SCALE == 1,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 @given(data=st.data())
 def test_any_mixture_of_what_reached_the_disk(
     told: tuple[bool, Record], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

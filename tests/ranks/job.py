@@ -1,4 +1,5 @@
-"""A small training of several ranks that can be killed at any place; as a program it forks them (tests/support/forking.py)."""
+"""A small training of several ranks that can be killed at any place. As a program it forks them, and those of resharding.py
+(tests/support/forking.py)."""
 
 from __future__ import annotations
 
@@ -220,6 +221,11 @@ def train(
 
 
 def main(**arguments: Any) -> None:
+    if "scenario" in arguments:
+        import resharding
+
+        resharding.main(**arguments)
+        return
     # Small states are shared out as large ones are.
     shares.LEAST_STRETCH_BYTES = 1
     torch.set_num_threads(1)
@@ -229,4 +235,6 @@ def main(**arguments: Any) -> None:
 
 
 if __name__ == "__main__":
+    import resharding_scenarios  # noqa: F401  # before it is forked
+
     serve(main)

@@ -1,24 +1,26 @@
 """Ranks for the tests: processes under gloo, models sharded in every way, and the two ways over a checkpoint.
 
-python resharding.py SCENARIO FOLDER RANK WORLD_SIZE          (see `run` and resharding_scenarios.py)
+The process that forks the ranks of jobs (job.py) forks these as well: see `run` and resharding_scenarios.py.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forking import Zygote
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from waiting import eventually
 
 from holdfast.checkpoint.arrays import adapter_for
 from holdfast.checkpoint.format import CheckpointRef
@@ -35,7 +37,7 @@ from holdfast.store.local import LocalStore
 from holdfast.train.restoring import Loaded, load_checkpoint
 from holdfast.train.tracked import Tracker
 
-GIVE_UP_S = 240
+GIVE_UP_S = 240.0
 KINDS = ("plain", "fsdp", "hsdp", "fsdp+tp", "tp")
 """Each rank all of it; FSDP2; FSDP2 of two replicas; FSDP2 over tensor-parallel; tensor-parallel alone."""
 
@@ -203,41 +205,43 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], wha
         assert torch.equal(local.detach().reshape(part.shape), part), f"{what}: {name} differs"
 
 
-def run(scenario: str, folder: Path, world_size: int) -> None:
+def run(zygote: Zygote, scenario: str, folder: Path, world_size: int) -> None:
     """Run scenarios (of resharding_scenarios.py, joined by commas) on so many ranks; raises with what the first of them that failed
     has said."""
     group = folder / f"group-{scenario}-{world_size}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, scenario, str(folder), str(rank), str(world_size), str(group)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    logs = [Path(f"{group}.log-{rank}") for rank in range(world_size)]
+    told = {"scenario": scenario, "folder": str(folder), "world_size": world_size, "group": str(group)}
+    pids = [zygote.start({**told, "rank": rank}, {}, log) for rank, log in enumerate(logs)]
     try:
-        said = [rank.communicate(timeout=GIVE_UP_S)[0] for rank in ranks]
+        eventually(
+            lambda: all(_ended(pid) for pid in pids),
+            lambda: f"{scenario} on {world_size} ranks hangs",
+            give_up_s=GIVE_UP_S,
+        )
     finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [(number, text) for number, (rank, text) in enumerate(zip(ranks, said, strict=True)) if rank.returncode]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        codes = [zygote.wait(pid) for pid in pids]
+    failed = [(rank, log.read_text()) for rank, (code, log) in enumerate(zip(codes, logs, strict=True)) if code]
     # The one that failed first has the shortest story: the others say that a peer is gone.
-    for number, text in sorted(failed, key=lambda item: "Connection" in item[1]):
-        raise AssertionError(f"rank {number} of {world_size}:\n{text[-6000:]}")
+    for rank, text in sorted(failed, key=lambda item: "Connection" in item[1]):
+        raise AssertionError(f"rank {rank} of {world_size}:\n{text[-6000:]}")
 
 
-def main() -> None:
+def _ended(pid: int) -> bool:
+    """It stays a zombie until it is waited for."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def main(scenario: str, folder: str, rank: int, world_size: int, group: str) -> None:
+    """A rank of it."""
     import resharding_scenarios
 
-    scenario, folder, rank, world_size, group = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{group}", rank=int(rank), world_size=int(world_size))
+    dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=world_size)
     for name in scenario.split(","):
         work: Callable[[Path, int, int], None] = getattr(resharding_scenarios, name)
-        work(Path(folder), int(rank), int(world_size))
+        work(Path(folder), rank, world_size)
         dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -61,7 +61,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         yield Machines(tmp_path / "machines", stack)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -22,6 +22,13 @@ KILLS = 25 if LONG else 3
 STEPS = EPOCHS * SAMPLES // (2 * BATCH)
 
 
+HARDEST = pytest.mark.parametrize(
+    "kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp", pytest.param("hsdp", marks=pytest.mark.long)],
+    indirect=True,
+)  # fmt: skip
+"""Where the ranks share a state out, all that can go wrong where each has all of it can go wrong as well."""
+
+
 @pytest.fixture(scope="session", params=["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.long)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -63,6 +70,7 @@ def test_told_on_one_rank_all_leave_at_one_step(
     assert job.finish() == reference
 
 
+@HARDEST
 def test_a_notice_on_one_rank(zygote: Zygote, kind: str, reference: list[dict[str, Any]], tmp_path: Path) -> None:
     """It is heard by one machine only; all save at once, train on, and save last together before the deadline."""
     job = Job(zygote, tmp_path / "a", kind=kind, save_every="1 h")
@@ -98,6 +106,7 @@ def test_killed_at_each_phase_of_a_save(
     assert job.finish() == reference
 
 
+@HARDEST
 def test_a_rank_that_is_behind_does_not_spoil_the_last_save(
     zygote: Zygote, kind: str, reference: list[dict[str, Any]], tmp_path: Path
 ) -> None:

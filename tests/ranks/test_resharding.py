@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import Zygote
 
 sys.path.insert(0, str(Path(__file__).parent))
 from resharding import run
@@ -17,20 +18,22 @@ from holdfast.checkpoint.dtensors import _chunk, _strided
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
-def test_every_sharding_is_restored_in_every_other_on_four_ranks_and_fewer(tmp_path: Path) -> None:
-    # One start of four processes for all that needs them: starting takes longer than the rest.
-    run("places,strange,write_all,read_all", tmp_path, 4)
+def test_every_sharding_is_restored_in_every_other_on_four_ranks_and_fewer(zygote: Zygote, tmp_path: Path) -> None:
+    # One start of four processes for all that needs them.
+    run(zygote, "places,strange,write_all,read_all", tmp_path, 4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("writers", "readers"), [(2, 4), (4, 8), (3, 2), (1, 3), (8, 4)])
-def test_every_sharding_is_restored_on_other_numbers_of_ranks(tmp_path: Path, writers: int, readers: int) -> None:
-    run("write_all", tmp_path, writers)
-    run("read_all", tmp_path, readers)
+def test_every_sharding_is_restored_on_other_numbers_of_ranks(
+    zygote: Zygote, tmp_path: Path, writers: int, readers: int
+) -> None:
+    run(zygote, "write_all", tmp_path, writers)
+    run(zygote, "read_all", tmp_path, readers)
 
 
-def test_after_a_restore_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    run("restored_goes_on", tmp_path, 2)
+def test_after_a_restore_training_goes_on_as_if_nothing_had_happened(zygote: Zygote, tmp_path: Path) -> None:
+    run(zygote, "restored_goes_on", tmp_path, 2)
 
 
 def test_pieces_are_those_that_torch_cuts() -> None:

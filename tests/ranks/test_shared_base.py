@@ -24,7 +24,7 @@ def homes(job: Job) -> set[str]:
     return {pin.home for pin in read_truth(LocalStore(job.url)).head.pins}
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
 def test_what_is_frozen_is_not_sent_again(zygote: Zygote, kind: str, tmp_path: Path) -> None:
     """The trial dies in the middle of a save, and goes on; it ends as one that sends everything, and its checkpoints are whole."""
     base = Job(zygote, tmp_path / "base", kind=kind, **TRAINED)

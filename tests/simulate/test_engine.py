@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -22,6 +23,7 @@ from holdfast.simulate.market.story import tell
 from holdfast.simulate.market.workload import Workload
 from holdfast.simulate.traces.trace import Trace
 
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 HOUR = 3600
 
 
@@ -170,7 +172,7 @@ def test_all_availabilities_there_are_and_never_late() -> None:
                 assert (outcomes.lost_s == 0).all() or max_lost_s
 
 
-@settings(max_examples=200)
+@settings(max_examples=200 if LONG else 80)
 @given(
     worlds(feasible=True), st.sampled_from(sorted(name for name, policy in POLICIES.items() if policy.keeps_deadline))
 )

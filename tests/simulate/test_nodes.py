@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import product
 
@@ -25,6 +26,8 @@ from holdfast.simulate.market.outcome import UNFINISHED
 from holdfast.simulate.nodes.engine import NodeWorkload, simulate_nodes
 from holdfast.simulate.nodes.outcome import NodeOutcomes
 from holdfast.simulate.traces.trace import Trace
+
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 
 
 def windows_of(world: NodesWorld) -> int:
@@ -57,7 +60,7 @@ def compare(world: NodesWorld, outcomes: NodeOutcomes, window: int, end: NodesEn
     assert bool(outcomes.missed[window]) == (end.finish_s < 0 or end.finish_s > world.deadline_s)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100 if LONG else 50)
 @given(node_worlds(), st.integers(0, 9999), st.integers(1, 8))
 def test_whatever_a_policy_wants_the_bill_is_what_the_slow_reference_says(
     world: NodesWorld, seed: int, keeps: int
@@ -109,7 +112,7 @@ CONTESTANTS = [
 ]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(), st.data())
 def test_every_window_is_what_the_slow_reference_says(world: NodesWorld, data: st.DataObject) -> None:
     policy, rule = data.draw(st.sampled_from([each for each in CONTESTANTS if job_of(world).kind in each[0].kinds]))
@@ -125,7 +128,7 @@ def test_every_window_is_what_the_slow_reference_says(world: NodesWorld, data: s
         compare(world, outcomes, window, end)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100 if LONG else 50)
 @given(worlds(pools=1), st.sampled_from(sorted(POLICIES)), st.data())
 def test_a_rigid_gang_in_one_pool_is_what_the_other_engine_says(world: World, name: str, data: st.DataObject) -> None:
     """Launch and restart together are its changeover, wherever one ends and the other begins."""
@@ -160,7 +163,7 @@ def test_a_rigid_gang_in_one_pool_is_what_the_other_engine_says(world: World, na
 KEEPERS = [policy for policy in (*NODE_POLICIES.values(), Thrifty(life_s=20.0)) if policy.keeps_deadline]
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(feasible=True, budgets=False), st.data())
 def test_a_policy_with_a_safety_rule_is_never_late(world: NodesWorld, data: st.DataObject) -> None:
     policy = data.draw(st.sampled_from([each for each in KEEPERS if job_of(world).kind in each.kinds]))
@@ -203,7 +206,7 @@ def test_all_capacities_there_are_and_never_late(kind: str) -> None:
                 assert (outcomes.lost_node_s == 0).all() or max_lost_s
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(budgets=False), st.data())
 def test_a_larger_budget_never_does_less_and_no_budget_is_exceeded(world: NodesWorld, data: st.DataObject) -> None:
     policies = [each for each in NODE_POLICIES.values() if job_of(world).kind in each.kinds]
@@ -223,7 +226,7 @@ def test_a_larger_budget_never_does_less_and_no_budget_is_exceeded(world: NodesW
         before = capped.work_done
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(kinds=("elastic",), budgets=False, pools=2))
 def test_elastic_is_never_later_than_rigid_where_changes_cost_nothing(world: NodesWorld) -> None:
     linear = tuple(range(0, 1000 * world.nodes + 1, 1000))
@@ -238,7 +241,7 @@ def test_elastic_is_never_later_than_rigid_where_changes_cost_nothing(world: Nod
     assert (ends[0].work_done >= ends[1].work_done).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(kinds=("elastic", "divisible"), budgets=False, pools=1, feasible=True), st.data())
 def test_nothing_is_cheaper_than_all_the_spot_there_is_and_then_on_demand(
     world: NodesWorld, data: st.DataObject
@@ -259,7 +262,7 @@ def test_nothing_is_cheaper_than_all_the_spot_there_is_and_then_on_demand(
         assert outcomes.microusd[window] >= least // 3600
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if LONG else 60)
 @given(node_worlds(budgets=False), st.data())
 def test_the_on_demand_floor_holds_wherever_spot_is_held(world: NodesWorld, data: st.DataObject) -> None:
     policy = data.draw(st.sampled_from([each for each in NODE_POLICIES.values() if job_of(world).kind in each.kinds]))

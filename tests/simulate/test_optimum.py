@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from holdfast.policy.optimum import Optimum, offline_optimum
 from holdfast.simulate.market.engine import simulate
 from holdfast.simulate.market.workload import Workload
 
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 MINUTE, HOUR = 60, 3600
 
 
@@ -33,14 +36,14 @@ def least(world: World, start: int = 0) -> Optimum:
     )
 
 
-@settings(max_examples=120)
+@settings(max_examples=120 if LONG else 60)
 @given(worlds(windows=1, plain=True))
 def test_nothing_that_could_be_done_costs_less_and_something_costs_as_much(world: World) -> None:
     best = cheapest(world)
     assert least(world) == Optimum(None if best is None else round(best), exact=True)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200 if LONG else 80)
 @given(worlds(), st.sampled_from(sorted(POLICIES)) | st.integers(0, 9999))
 def test_no_policy_beats_it(world: World, which: str | int) -> None:
     policy = POLICIES[which] if isinstance(which, str) else Erratic(which)

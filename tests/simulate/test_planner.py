@@ -91,7 +91,14 @@ def test_a_job_that_never_ends_does_not_look_cheap() -> None:
     assert gone.cost_usd.mean == pytest.approx(18.0, rel=0.1)
 
 
-@pytest.mark.parametrize(("spot", "changeover_s"), [(1.0, 600.0), (2.0, 300.0), (0.5, 1200.0)])
+@pytest.mark.parametrize(
+    ("spot", "changeover_s"),
+    [
+        pytest.param(1.0, 600.0, marks=pytest.mark.long),
+        pytest.param(2.0, 300.0, marks=pytest.mark.long),
+        (0.5, 1200.0),
+    ],
+)
 def test_break_even_is_the_closed_form_where_all_lives_are_equal(spot: float, changeover_s: float) -> None:
     case = job(200.0, pools=(machine(spot=spot),), known=known(changeover_s=changeover_s))
     hardware = case.hardware[0]

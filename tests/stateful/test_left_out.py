@@ -126,13 +126,20 @@ def _expect_harm(machine: type[RunMachine]) -> None:
         )
 
 
-@pytest.mark.parametrize("lineage", [NoListAfterThePut, TakesTheAnswerAtItsWord, MovesItsBody])
+@pytest.mark.parametrize(
+    "lineage", [NoListAfterThePut, pytest.param(TakesTheAnswerAtItsWord, marks=pytest.mark.long), MovesItsBody]
+)
 def test_a_rule_of_heads_left_out_is_found(lineage: type[Lineage]) -> None:
     _expect_harm(type("Machine", (RunMachine,), {"lineage_type": lineage}))
 
 
 @pytest.mark.parametrize(
-    "committer", [DeduplicatesAgainstThePast, DeletesBeforeTheHeadStands, TakesBackAnUnknownCommit]
+    "committer",
+    [
+        DeduplicatesAgainstThePast,
+        DeletesBeforeTheHeadStands,
+        pytest.param(TakesBackAnUnknownCommit, marks=pytest.mark.long),
+    ],
 )
 def test_a_rule_of_commits_left_out_is_found(committer: type[Committer]) -> None:
     _expect_harm(type("Machine", (RunMachine,), {"committer_type": committer}))
@@ -157,6 +164,7 @@ def test_a_sweep_that_does_not_look_at_pins_is_found(monkeypatch: pytest.MonkeyP
     _expect_harm(RunMachine)
 
 
+@pytest.mark.long
 def test_a_reader_that_does_not_look_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "read_truth", lambda store, run_id: Truth(None, 0))
     _expect_harm(RunMachine)

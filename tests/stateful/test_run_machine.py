@@ -19,12 +19,12 @@ from holdfast.testing.servers import ObjectServer, ministack_server
 _LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 
 
-def attack(make: Callable[[], RunMachine], *, examples: int) -> None:
-    """The same examples at every run; ten times as many and new ones at the long scale."""
+def attack(make: Callable[[], RunMachine], *, examples: int, long: int) -> None:
+    """The same examples at every run; many more and new ones at the long scale."""
     run_state_machine_as_test(
         make,  # type: ignore[arg-type]  # any callable will do
         settings=settings(
-            max_examples=examples * (10 if _LONG else 1),
+            max_examples=long if _LONG else examples,
             stateful_step_count=20,
             derandomize=not _LONG,
             print_blob=_LONG,
@@ -36,11 +36,11 @@ def attack(make: Callable[[], RunMachine], *, examples: int) -> None:
 
 
 def test_a_run_in_memory() -> None:
-    attack(lambda: RunMachine(MemoryPlace()), examples=200)
+    attack(lambda: RunMachine(MemoryPlace()), examples=150, long=2000)
 
 
 def test_a_run_in_a_folder(tmp_path: Path) -> None:
-    attack(lambda: RunMachine(FolderPlace(tmp_path)), examples=60)
+    attack(lambda: RunMachine(FolderPlace(tmp_path)), examples=25, long=600)
 
 
 class BucketMachine(RunMachine):
@@ -65,4 +65,4 @@ def bucket() -> Iterator[tuple[ObjectServer, FaultyProxy]]:
 
 
 def test_a_run_in_a_bucket(bucket: tuple[ObjectServer, FaultyProxy]) -> None:
-    attack(lambda: BucketMachine(BucketPlace(*bucket)), examples=25)
+    attack(lambda: BucketMachine(BucketPlace(*bucket)), examples=8, long=250)

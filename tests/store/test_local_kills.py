@@ -16,6 +16,7 @@ from holdfast.store import LocalStore
 # The children that tests fork call nothing but the local store, so that threads left over from other tests do not matter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
+_LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 _WATCHED = ("open", "mkdir", "link", "rename", "unlink", "rmdir", "writev", "fsync", "close")
 
 
@@ -99,7 +100,7 @@ def test_random_kills_of_a_busy_writer_leave_whole_objects_only(tmp_path: Path) 
     root = tmp_path / "root"
     rng = random.Random(20)
     bodies = [bytes([index]) * (1 + rng.randrange(3 * 2**20)) for index in range(8)]
-    for turn in range(50):
+    for turn in range(50 if _LONG else 20):
         read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:

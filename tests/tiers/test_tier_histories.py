@@ -214,7 +214,10 @@ class World:
 
 
 @pytest.mark.parametrize("outlives", [False, True])
-@settings(max_examples=60 * SCALE, deadline=None, derandomize=SCALE == 1, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=600 if SCALE > 1 else 40, deadline=None, derandomize=SCALE == 1,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 @given(data=st.data())
 def test_any_history(outlives: bool, data: st.DataObject) -> None:
     actions = data.draw(st.lists(st.sampled_from(_ACTIONS), min_size=4, max_size=25))

@@ -99,6 +99,8 @@ def test_resumes_from_the_disk(zygote: Zygote, reference: dict[str, Any], tmp_pa
     ground = _ground(zygote, tmp_path, slow_s=60)
     attempt = ground.start()
     attempt.wait_for_step(9)
+    # On a busy machine the steps may be faster than the disk.
+    attempt.wait_until(lambda: list((tmp_path / "disk").glob("*/objects/staged/*.json")))
     attempt.signal(signal.SIGKILL)
     attempt.wait()
     head = read_truth(LocalStore(tmp_path / "run")).head

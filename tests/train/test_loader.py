@@ -330,7 +330,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("method", "killed"), [("fork", True), ("spawn", False), ("forkserver", False), ("forkserver", True)]
+    ("method", "killed"),
+    [
+        ("fork", True),
+        pytest.param("spawn", False, marks=pytest.mark.long),
+        ("forkserver", False),
+        pytest.param("forkserver", True, marks=pytest.mark.long),
+    ],
 )
 def test_workers_survive_group_signals_and_end_with_the_main_process(method: str, killed: bool, tmp_path: Path) -> None:
     script = tmp_path / "signalled.py"

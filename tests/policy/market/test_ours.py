@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from holdfast.simulate.traces.lifetimes import Lifetimes, Weibull
 from holdfast.simulate.traces.synthetic import Outages, Pool, PriceWalk, generate
 from holdfast.simulate.traces.trace import Trace, joined
 
+LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 HOUR = 3600
 SPOT, DEMAND = 973_100, 3_060_000
 ROSY = Beliefs(Hazard((1e-3,) * AGES, 1000.0), Hazard((1e3,) * AGES, 1000.0))
@@ -79,7 +81,7 @@ def test_an_adversary_that_takes_what_was_just_started_cannot_make_it_late() -> 
     ticks = -(-job.deadline_s // tick_s)
     for beliefs in (ROSY, COLD):
         there = np.ones(ticks, np.bool_)
-        for _ in range(30):
+        for _ in range(30 if LONG else 8):
             worked: list[int] = []
 
             def watch(situation: Situation, choice: Choice, worked: list[int] = worked) -> None:
@@ -103,7 +105,7 @@ def test_one_job_through_text_decides_as_a_window_among_many() -> None:
     job = Job(work_s=12 * HOUR, deadline_s=16 * HOUR, changeover_s=700, max_lost_s=300)
     for asks in (False, True):
         workload = Workload(job=job, gang=2, asks=asks)
-        starts = trace.starts(job.deadline_s, 8 * HOUR)
+        starts = trace.starts(job.deadline_s, (8 if LONG else 24) * HOUR)
         chosen: list[Ints] = []
         together = simulate(trace, policy, workload, starts, _keep(chosen))
         for window, start in enumerate(starts.tolist()):
@@ -158,7 +160,13 @@ def believed(beliefs: Beliefs, windows: int, ticks: int, tick_s: int, up: bool, 
 
 
 @pytest.mark.parametrize(
-    ("up", "changeover_s", "max_lost_s"), [(True, 900, 0), (False, 900, 0), (False, 200, 0), (True, 900, 900)]
+    ("up", "changeover_s", "max_lost_s"),
+    [
+        pytest.param(True, 900, 0, marks=pytest.mark.long),
+        (False, 900, 0),
+        pytest.param(False, 200, 0, marks=pytest.mark.long),
+        (True, 900, 900),
+    ],
 )
 def test_the_expected_cost_is_what_it_costs_on_average(up: bool, changeover_s: int, max_lost_s: int) -> None:
     """On a market that does what is believed. The tables know one thing less: how far an age is into its bucket."""

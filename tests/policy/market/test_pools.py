@@ -178,7 +178,7 @@ def four_pools(seed: int, days: int, *, shape: float = 0.7) -> Trace:
     return generate(pools, tick_s=600, duration_s=days * 86400, on_demand_microusd_h=DEMAND, seed=seed)
 
 
-@pytest.mark.parametrize(("hours", "over"), [(11.5, 0.19), (15.0, 0.13)])
+@pytest.mark.parametrize(("hours", "over"), [(11.5, 0.19), pytest.param(15.0, 0.13, marks=pytest.mark.long)])
 def test_on_made_pools_it_is_cheaper_than_the_simple_policies_and_near_the_optimum(hours: float, over: float) -> None:
     """10 h of work in 11.5 and in 15 h. `over` is a little more than what it was when this was written."""
     past, trace = four_pools(1, 10), four_pools(2, 15)
