@@ -120,7 +120,7 @@ class World:
         )
         return Controller(
             records, self.cloud, self.terms, boot=lambda launch: f"boot {launch}", clock=clock, sink=self.sink,
-            pace=Pace(step_s=STEP_S, list_s=STEP_S, offers_s=STEP_S),
+            pace=Pace(step_s=STEP_S, records_s=2 * STEP_S, list_s=STEP_S, offers_s=STEP_S),
         )  # fmt: skip
 
     def play(

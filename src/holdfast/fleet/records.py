@@ -6,7 +6,7 @@ and the nonce tells. Records never change, so each is read once; pulses are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -31,13 +31,15 @@ from holdfast.core.sealed import seal, unseal
 from holdfast.fleet.view import Read, Record
 from holdfast.store.base import Store
 
-__all__ = ["RunRecords"]
+__all__ = ["PREFIXES", "WORDS", "RunRecords"]
 
 _KINDS: dict[str, type[Record]] = {
     "intent": Intent, "answer": Answer, "ended": Ended, "grant": GrantRecord, "command": Command, "holder": Holder,
     "word": MachineWord, "pulse": Pulse, "cancel": Cancel,
 }  # fmt: skip
-_PREFIXES = ("launches/", "control/", "machines/")
+WORDS = ("machines/",)
+PREFIXES = (*WORDS, "control/", "launches/")
+"""What machines say first: an older list of theirs never makes a later record of a controller look alone."""
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _MOST_BYTES = 1 << 20
 _Nonced = TypeVar("_Nonced", Intent, Answer, Ended, GrantRecord, Command, Cancel)
@@ -56,11 +58,10 @@ class RunRecords:
     def nonce(self) -> str:
         return self._tokens()
 
-    def read(self) -> Iterator[Read]:
-        """What has been written since the last call, by anybody. StoreError."""
+    def read(self, prefixes: Sequence[str] = PREFIXES) -> Iterator[Read]:
+        """What has been written there since the last call, by anybody. StoreError."""
         now_s = int(self._clock.unix_s())
-        # Machines' words before their grants' and launches' ends: an older list never makes a later record look alone.
-        for prefix in reversed(_PREFIXES):
+        for prefix in prefixes:
             for entry in list(self._store.list(prefix)):
                 event = self._event(entry.key, now_s)
                 if event is not None:
