@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Of pytest: one more than two cores, since many tests wait for processes.
+WORKERS ?= 3
 
 .PHONY: demo test test-all test-oldest lint bench clean
 
@@ -36,10 +38,10 @@ demo: $(VENV)/.demo  ## train, kill three times, prove that the result is the sa
 	$(BIN)/python examples/chargpt/demo.py
 
 test: $(STAMP) $(VENV)/.azurite  ## everything that finishes within ten minutes on two cores
-	$(BIN)/pytest -n 2 -m "not long"
+	$(BIN)/pytest -n $(WORKERS) -m "not long"
 
 test-all: $(STAMP) $(VENV)/.azurite $(VENV)/.slurm $(VENV)/.iproute2  ## the long attacks as well
-	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n 2
+	HOLDFAST_TEST_SCALE=long $(BIN)/pytest -n $(WORKERS)
 
 test-oldest: $(STAMP)  ## the adapters with the oldest frameworks that they are made for
 	scripts/test-oldest-frameworks.sh $(VENV)

@@ -6,10 +6,10 @@ import os
 import random
 
 import pytest
+from fleet_world import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, STEP_S, World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from imagined import Faults, Fuse, GivenUp, Spec, pool
-from worlds import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, STEP_S, World
 
 from holdfast.policy.backoff import Fallback
 from holdfast.policy.market.rules_facts import Rules, SpotPolicy

@@ -10,8 +10,8 @@ from contextlib import suppress
 from functools import cache
 
 import pytest
+from fleet_world import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, World, always, standing_pools
 from imagined import Faults, Fuse, GivenUp, Spec, pool
-from worlds import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, World, always, standing_pools
 
 from holdfast.policy.backoff import Fallback
 from holdfast.policy.market.rules_facts import Rules

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from fleet_world import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, World, always
 from imagined import Faults, Spec, pool
-from worlds import DEMAND_MICROUSD_H, SPOT_MICROUSD_H, World, always
 
 from holdfast.policy.market.rules_facts import Rules
 

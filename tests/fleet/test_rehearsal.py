@@ -31,7 +31,7 @@ class Count:
     def load_state_dict(self, tree): self.values[:] = tree["values"]
 count, rng = Count(), np.random.default_rng(7)
 order = np.random.default_rng(1).integers(0, 1000, 4000)
-with holdfast.Run(save_every="20 steps") as run:
+with holdfast.Run(save_every="10 steps") as run:
     run.track(count=count)
     for _ in run.epochs(1):
         for index in run.batches(list(range(400))):
@@ -157,11 +157,12 @@ def test_taken_once_and_the_controller_killed(rehearse: Any, tmp_path: Path) -> 
     secrets = {"TOKEN": f"file:{secret}"}
     world = rehearse(CONFIG, {"name": "count", "run": run, "workdir": "code", "budget": 2, "secrets": secrets})
     world.launch()
-    world.wait_for(lambda: "attempt 1" in world.output() if (tmp_path / "run" / "logs").exists() else False)
+    logs = tmp_path / "run" / "logs"
+    world.wait_for(lambda: any("attempt 1" in path.read_text() for path in logs.rglob("*.log")))
     world.kill_controller()
     (first,) = world.alive()
-    world.go_on()
     world.cloud.preempt(first.id, lead_s=0)
+    world.go_on()
     assert world.finish() == 0, world.story()
     reference = subprocess.run(
         [sys.executable, str(code / "count.py")], cwd=tmp_path, capture_output=True, text=True, check=True,
