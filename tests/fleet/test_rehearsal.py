@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from holdfast.checkpoint.heads import read_truth
 from holdfast.provider.base import Machine
 from holdfast.provider.local import LocalCloud
+from holdfast.store.open import open_store
 
 HOLDFAST = [sys.executable, "-m", "holdfast"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chargpt"
@@ -80,9 +83,13 @@ class Rehearsal:
         return [each for each in self.cloud.machines("default") if each.state == "running"]
 
     def steps(self) -> int:
-        """Of the newest pulse."""
-        overview = self.status()
-        return max((line["step"] or 0 for line in overview["launches"]), default=0)
+        """Of the newest checkpoint."""
+        store = open_store(str(self.folder / "run"))
+        try:
+            head = read_truth(store).head
+        finally:
+            store.close()
+        return max((ref.step for ref in head.checkpoints), default=0) if head is not None else 0
 
     def status(self) -> dict[str, Any]:
         command = [*HOLDFAST, "status", str(self.folder / "run"), "--json"]
@@ -181,34 +188,42 @@ def test_taken_once_and_the_controller_killed(rehearse: Any, tmp_path: Path) -> 
 @pytest.mark.long
 def test_twenty_preemptions(rehearse: Any, tmp_path: Path) -> None:
     """A real training; machines go with notice and without, gaps force on-demand, spot comes back; the same weights to the bit."""
-    arguments = "--epochs 4 --batches 100 --width 64 --layers 2 --context 64 --workers 0"
+    arguments = "--epochs 4 --batches 150 --workers 0"
     reference = tmp_path / "reference.json"
     alone = ["train.py", "--url", str(tmp_path / "reference"), "--proof", str(reference), *arguments.split()]
     subprocess.run([sys.executable, *alone], cwd=EXAMPLE, check=True, capture_output=True)
     run = f"python train.py {arguments} --save-every '5 steps' --proof proof.json\necho proof: $(cat proof.json)"
-    limits = {"budget": 5, "deadline": "3h", "plan": {"work": "10 min", "changeover": "40 s"}}
+    limits = {"budget": 5, "deadline": "3h", "plan": {"work": "20 min", "changeover": "40 s"}, "fallback_after": "20 s"}
     job = {"name": "chargpt", "run": run, "workdir": str(EXAMPLE), **limits}
-    world = rehearse(CONFIG, job)
+    # A pool that has just preempted is left alone for minutes: there are enough of them.
+    zones = string.ascii_lowercase
+    spot = [{"name": f"local/here/{zone}/small/spot", "capacity": 2, "price": "0.30"} for zone in zones]
+    world = rehearse({**CONFIG, "pools": [*spot, CONFIG["pools"][-1]]}, job)
     world.launch()
-    rng, taken, markets = random.Random(3), 0, set()
-    while taken < 20:
-        alive = world.wait_for(world.alive)
+    rng = random.Random(3)
+
+    def on(market: str) -> list[Machine]:
+        return [each for each in world.alive() if each.pool.market == market]
+
+    def get_on() -> None:
         steps = world.steps()
-        world.wait_for(lambda steps=steps: world.steps() > steps)
-        spot = [each for each in world.alive() if each.pool.market == "spot"]
-        markets |= {each.pool.market for each in alive}
-        if rng.random() < 0.2:
-            gone = rng.random() < 0.5
-            for zone in "ab":
-                world.cloud.set_pool(f"local/here/{zone}/small/spot", capacity=0 if gone else 3)
-        for each in spot[:1]:
-            world.cloud.preempt(each.id, lead_s=rng.choice([0, 10]))
-            taken += 1
-        if rng.random() < 0.2:
+        world.wait_for(lambda: world.steps() > steps)
+
+    for taken in range(20):
+        if taken in (7, 14):
+            for zone in zones:
+                world.cloud.set_pool(f"local/here/{zone}/small/spot", capacity=0)
+            world.wait_for(lambda: on("on-demand"))
+            get_on()
+            for zone in zones:
+                world.cloud.set_pool(f"local/here/{zone}/small/spot", capacity=2)
+        (first, *_) = world.wait_for(lambda: on("spot"))
+        get_on()
+        world.cloud.preempt(first.id, lead_s=rng.choice([0, 10]))
+        if taken % 6 == 3:
             world.kill_controller()
             world.go_on()
-    for zone in "ab":
-        world.cloud.set_pool(f"local/here/{zone}/small/spot", capacity=3)
+        world.wait_for(lambda first=first: all(each.id != first.id for each in world.alive()))
     assert world.finish(1800) == 0, world.story()
     proof = json.loads(re.findall(r"proof: (\{.*\})", world.output())[-1])
     assert proof == json.loads(reference.read_text())
