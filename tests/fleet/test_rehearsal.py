@@ -22,7 +22,8 @@ from holdfast.provider.base import Machine
 from holdfast.provider.local import LocalCloud
 from holdfast.store.open import open_store
 
-HOLDFAST = [sys.executable, "-m", "holdfast"]
+HOLDFAST = (sys.executable, "-m", "holdfast")
+IMPATIENT = (sys.executable, str(Path(__file__).parent / "impatient.py"))
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chargpt"
 GIVE_UP_S = 300.0
 CANARY = "canary-0f8e2d6a91c4b7"
@@ -47,8 +48,10 @@ print("counted", int(count.values @ np.arange(1000)))
 class Rehearsal:
     """A cloud, a run, and the controller that is at work."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], job: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, config: dict[str, Any], job: dict[str, Any], command: tuple[str, ...] = HOLDFAST
+    ) -> None:
+        self.folder, self._command = folder, command
         (folder / "cloud.json").write_text(json.dumps(config))
         self.cloud = LocalCloud.open(folder / "cloud", folder / "cloud.json")
         self.job = folder / "job.yaml"
@@ -65,7 +68,7 @@ class Rehearsal:
 
     def _start(self, *words: str) -> None:
         with (self.folder / "controller.log").open("a") as log:
-            self.controller = subprocess.Popen([*HOLDFAST, *words], stdout=log, stderr=log, text=True)
+            self.controller = subprocess.Popen([*self._command, *words], stdout=log, stderr=log, text=True)
 
     def kill_controller(self) -> None:
         assert self.controller is not None
@@ -130,8 +133,8 @@ class Rehearsal:
 def rehearse(tmp_path: Path) -> Iterator[Any]:
     made: list[Rehearsal] = []
 
-    def make(config: dict[str, Any], job: dict[str, Any]) -> Rehearsal:
-        made.append(Rehearsal(tmp_path, config, job))
+    def make(config: dict[str, Any], job: dict[str, Any], command: tuple[str, ...] = HOLDFAST) -> Rehearsal:
+        made.append(Rehearsal(tmp_path, config, job, command))
         return made[-1]
 
     yield make
@@ -195,10 +198,9 @@ def test_twenty_preemptions(rehearse: Any, tmp_path: Path) -> None:
     run = f"python train.py {arguments} --save-every '5 steps' --proof proof.json\necho proof: $(cat proof.json)"
     limits = {"budget": 5, "deadline": "3h", "plan": {"work": "20 min", "changeover": "40 s"}, "fallback_after": "20 s"}
     job = {"name": "chargpt", "run": run, "workdir": str(EXAMPLE), **limits}
-    # A pool that has just preempted is left alone for minutes: there are enough of them.
-    zones = string.ascii_lowercase
+    zones = string.ascii_lowercase[:6]
     spot = [{"name": f"local/here/{zone}/small/spot", "capacity": 2, "price": "0.30"} for zone in zones]
-    world = rehearse({**CONFIG, "pools": [*spot, CONFIG["pools"][-1]]}, job)
+    world = rehearse({**CONFIG, "pools": [*spot, CONFIG["pools"][-1]]}, job, IMPATIENT)
     world.launch()
     rng = random.Random(3)
 
