@@ -15,11 +15,11 @@ import msgspec
 
 from holdfast.checkpoint.record import open_record
 from holdfast.core.clock import Clock
-from holdfast.core.errors import NotFound, RunConflict, UsageError
+from holdfast.core.errors import RunConflict, UsageError
 from holdfast.core.ids import TokenSource
 from holdfast.core.job_record import JOB_KEY, JobRecord
 from holdfast.core.jobfile import JobFile, JobRecovery, Resources, parse_job
-from holdfast.core.sealed import FORMAT_VERSION, digest, seal, unseal
+from holdfast.core.sealed import FORMAT_VERSION, digest
 from holdfast.fleet.code import code_of
 from holdfast.fleet.terms import Terms
 from holdfast.policy.backoff import Fallback
@@ -28,6 +28,7 @@ from holdfast.policy.market.rules_facts import Rules
 from holdfast.policy.market.rules_parse import RULE_KEYS, parse_rules
 from holdfast.provider.base import Instances, MachineSpec, Wanted
 from holdfast.store.base import Store
+from holdfast.store.records import read_record, write_record
 
 __all__ = ["MANDATE_KEY", "Mandate", "commission", "provider_of", "read_mandate", "spec_of", "terms_of", "wanted_of"]
 
@@ -54,11 +55,10 @@ class Mandate(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_mandate(store: Store) -> Mandate:
     """UsageError where nothing was launched."""
-    try:
-        body = store.get(MANDATE_KEY, max_bytes=1 << 20)
-    except NotFound:
-        raise UsageError(f"{store.url}: nothing has been launched here; `holdfast launch job.yaml` does") from None
-    return unseal(body, Mandate, what=f"{store.url}/{MANDATE_KEY}")
+    found = read_record(store, MANDATE_KEY, Mandate)
+    if found is None:
+        raise UsageError(f"{store.url}: nothing has been launched here; `holdfast launch job.yaml` does")
+    return found
 
 
 def commission(
@@ -83,15 +83,12 @@ def commission(
         format=FORMAT_VERSION, nonce=tokens(), run_id=run.run_id, fleet=fleet, provider=provider.name, place=place, job_text=text,
         started_unix_s=int(provider.clock.unix_s()),
     )  # fmt: skip
-    store.put_new(MANDATE_KEY, seal(mandate))
-    found = read_mandate(store)
+    found = write_record(store, MANDATE_KEY, mandate)
     if found.job_text != text or found.provider != provider.name:
         raise RunConflict(
             f"{store.url}: another job has been launched here. Give this one a URL of its own (--run), or see `holdfast status`"
         )
-    store.put_new(JOB_KEY, seal(record))
-    there = unseal(store.get(JOB_KEY, max_bytes=1 << 20), JobRecord, what=f"{store.url}/{JOB_KEY}")
-    if _content(there) != _content(record):
+    if _content(write_record(store, JOB_KEY, record)) != _content(record):
         raise RunConflict(
             f"{store.url}: this run was launched with other code or settings; a changed job needs a URL of its own"
         )

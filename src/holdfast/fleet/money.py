@@ -10,7 +10,7 @@ from holdfast.fleet.view import LaunchView, RunView
 from holdfast.policy import budget
 from holdfast.policy.budget_facts import HOUR_S, BudgetLimits, BudgetState, Grant, LaunchAsk
 
-__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "lifetime_s", "limits_for", "used_s"]
+__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "limits_for", "used_s"]
 
 _SLICES = 4
 """A budget pays for at least so many slices."""
@@ -74,11 +74,6 @@ def used_s(launch: LaunchView, now_s: int) -> int:
     if created_s is None:
         created_s = launch.intent.created_unix_s if launch.intent is not None else now_s
     return max(0, now_s - int(created_s))
-
-
-def lifetime_s(launch: LaunchView) -> int:
-    """As granted; 0 without a grant."""
-    return max((record.lifetime_s for record in launch.grants), default=0)
 
 
 def grant_left_s(launch: LaunchView, now_s: int) -> int:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from holdfast.core.clock import Clock
-from holdfast.core.errors import IntegrityError, NotFound, StoreUnavailable
+from holdfast.core.errors import IntegrityError, StoreUnavailable
 from holdfast.core.ids import TokenSource
 from holdfast.core.launches import (
     CANCEL_KEY,
@@ -27,9 +27,9 @@ from holdfast.core.launches import (
     Pulse,
     parse_key,
 )
-from holdfast.core.sealed import seal, unseal
 from holdfast.fleet.view import Read, Record
 from holdfast.store.base import Store
+from holdfast.store.records import read_record, write_record
 
 __all__ = ["PREFIXES", "WORDS", "RunRecords"]
 
@@ -41,7 +41,6 @@ WORDS = ("machines/",)
 PREFIXES = (*WORDS, "control/", "launches/")
 """What machines say first: an older list of theirs never makes a later record of a controller look alone."""
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
-_MOST_BYTES = 1 << 20
 _Nonced = TypeVar("_Nonced", Intent, Answer, Ended, GrantRecord, Command, Cancel)
 
 
@@ -77,11 +76,11 @@ class RunRecords:
         if kind is Pulse and launch in self._over:
             return None
         try:
-            record = unseal(self._store.get(key, max_bytes=_MOST_BYTES), kind, what=f"{self._store.url}/{key}")
-        except NotFound:
-            return None
+            record = read_record(self._store, key, kind)
         except IntegrityError as error:
             self.altered[key] = str(error)
+            return None
+        if record is None:
             return None
         self.altered.pop(key, None)
         self._note(key, record)
@@ -96,21 +95,12 @@ class RunRecords:
     def write(self, key: str, record: _Nonced) -> tuple[bool, _Nonced]:
         """Whether this very record stands there now, and the one that does. StoreUnavailable: nobody knows yet; look what stands
         there before anything else is written, for a lost put may still land."""
-        body = seal(record)
         for pause_s in (*_PAUSES_S, None):
             try:
-                self._store.put_new(key, body)
+                found = write_record(self._store, key, record)
             except StoreUnavailable:
-                pass
-            try:
-                found = unseal(
-                    self._store.get(key, max_bytes=_MOST_BYTES), type(record), what=f"{self._store.url}/{key}"
-                )
-            except (NotFound, StoreUnavailable):
                 if pause_s is None:
-                    raise StoreUnavailable(
-                        f"{self._store.url}/{key}: it is not known whether this record was written"
-                    ) from None
+                    raise
                 self._clock.sleep(pause_s)
                 continue
             self._note(key, found)

@@ -1,6 +1,6 @@
 """Sealed records in the store, as a machine reads and writes them: nothing is believed that does not verify, no outcome is guessed.
 
-    read → a record, or None: confirmed absent        put → True: these very bytes are there, False: others were first
+    read → a record, or None: confirmed absent        put → True: this very record is there, False: others were first
     anything else raises, and is tried again later: `TROUBLE`
 
 A store that throttles or cannot be reached never ends a machine; it never lets one live longer either, because moments come from
@@ -15,10 +15,11 @@ from typing import TypeVar
 import msgspec
 
 from holdfast.core.clock import Clock
-from holdfast.core.errors import Fenced, HoldfastError, IntegrityError, NotFound, RunConflict, StoreUnavailable
+from holdfast.core.errors import Fenced, HoldfastError, RunConflict
 from holdfast.core.launches import parse_key
-from holdfast.core.sealed import MAX_RECORD_BYTES, seal, unseal
+from holdfast.core.sealed import seal
 from holdfast.store.base import Store
+from holdfast.store.records import read_record, write_record
 
 __all__ = ["TROUBLE", "Records", "patiently"]
 
@@ -42,33 +43,13 @@ class Records:
         return self._store.is_near
 
     def read(self, key: str, kind: type[_Record]) -> _Record | None:
-        """None: confirmed absent. Two tries: a bit that flipped on its way here is no altered record."""
-        for is_last in (False, True):
-            try:
-                return unseal(self._store.get(key, max_bytes=MAX_RECORD_BYTES), kind, what=f"{self._store.url}/{key}")
-            except NotFound:
-                return None
-            except IntegrityError:
-                if is_last:
-                    raise
-        raise AssertionError("the last try returns or raises")
+        """None: confirmed absent."""
+        return read_record(self._store, key, kind)
 
     def put(self, key: str, record: msgspec.Struct) -> bool:
-        """Write once. Raises StoreUnavailable while the outcome is unknown; the same record is put again then."""
-        data, where = seal(record), f"{self._store.url}/{key}"
-        try:
-            if self._store.put_new(key, data):
-                return True
-        except StoreUnavailable:
-            # It may have been applied all the same.
-            pass
-        try:
-            found = self._store.get(key, max_bytes=MAX_RECORD_BYTES)
-            if found != data:
-                unseal(found, type(record), what=where)
-        except (NotFound, IntegrityError) as error:
-            raise StoreUnavailable(f"{where}: the outcome of the write is not known yet") from error
-        return found == data
+        """Write once; whether this very record is there. Raises StoreUnavailable while the outcome is unknown; the same record is
+        put again then."""
+        return write_record(self._store, key, record) == record
 
     def replace(self, key: str, record: msgspec.Struct) -> None:
         """Overwrite: for the pulse, on which nothing depends."""
