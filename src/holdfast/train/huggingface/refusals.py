@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from holdfast.core.errors import HoldfastWarning, UsageError
+from holdfast.core.errors import UsageError
+from holdfast.train.frameworks import warn_of_rereading
 from holdfast.train.huggingface.streams import has_lossy_state
 from holdfast.train.loader_source import has_state, length_or_none
 
@@ -90,9 +90,4 @@ def tell_of_streams(loader: Any) -> None:
         why = f"the state of a stream is out of reach in its {loader.num_workers} workers (dataloader_num_workers=0 avoids it)"
     else:
         return
-    warnings.warn(
-        f"{why}: a resume reads and drops all batches of the epoch that were used, which may take long, and is exact only if the "
-        "stream gives the same samples again. A map-style dataset is resumed without reading",
-        HoldfastWarning,
-        stacklevel=2,
-    )
+    warn_of_rereading(why)

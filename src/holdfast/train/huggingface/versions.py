@@ -6,12 +6,12 @@ are used. Their names and parameters are looked at before anything is trained.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import transformers
 
 from holdfast.core.errors import UsageError
+from holdfast.train.frameworks import check_range, lack_of
 
 __all__ = ["check_parts", "check_version"]
 
@@ -36,25 +36,15 @@ _PARTS = {
 
 def check_version(version: str = transformers.__version__) -> None:
     """Raises UsageError for a transformers that this adapter was not made for."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if major != _MAJOR or minor < _OLDEST_MINOR:
-        raise UsageError(
-            f"holdfast.train.huggingface is made for transformers {_RANGE}; this is {version}. Install one of these (pip install "
-            f"'transformers>={_MAJOR}.{_OLDEST_MINOR},<{_MAJOR + 1}'), or a newer holdfast"
-        )
+    check_range("holdfast.train.huggingface", "transformers", version, major=_MAJOR, oldest_minor=_OLDEST_MINOR)
 
 
 def check_parts(trainer: Any) -> None:
     """Raises UsageError where this Trainer is not built as expected: a newer transformers, or a class that changes its insides."""
     for name, expected in _PARTS.items():
-        method = getattr(trainer, name, None)
-        if not callable(method):
-            raise _unknown(trainer, f"it has no {name}()")
-        present = inspect.signature(method).parameters
-        is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in present.values())
-        lost = [] if is_open else [parameter for parameter in expected if parameter not in present]
-        if lost:
-            raise _unknown(trainer, f"{name}() does not take {', '.join(lost)}")
+        lack = lack_of(trainer, "", name, expected)
+        if lack is not None:
+            raise _unknown(trainer, lack)
 
 
 def _unknown(trainer: Any, what: str) -> UsageError:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from holdfast.core.errors import HoldfastWarning, UsageError
+from holdfast.train.frameworks import warn_of_rereading
 from holdfast.train.lightning.feed import Feed
 from holdfast.train.loader_source import has_state, length_or_none
 from holdfast.train.loader_twin import unwrapped
@@ -141,9 +142,4 @@ def _tell_of_stream(loader: Any) -> None:
         why = f"the state of a stream is out of reach in its {loader.num_workers} workers (num_workers=0 avoids it)"
     else:
         return
-    warnings.warn(
-        f"{why}: a resume reads and drops all batches of the epoch that were used, which may take long, and is exact only if the "
-        "stream gives the same samples again. A map-style dataset is resumed without reading",
-        HoldfastWarning,
-        stacklevel=2,
-    )
+    warn_of_rereading(why)

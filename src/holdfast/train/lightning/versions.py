@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 from typing import Any
 
 from holdfast.core.errors import UsageError
+from holdfast.train.frameworks import check_range, lack_of
 
 __all__ = ["PACKAGES", "base_classes", "check_parts", "check_version", "package_of", "version_of"]
 
@@ -79,28 +79,19 @@ def version_of(trainer: object) -> str:
 
 def check_version(version: str, package: str = PACKAGES[0]) -> None:
     """Raises UsageError for a Lightning that this adapter was not made for."""
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if major != _MAJOR or minor < _OLDEST_MINOR:
-        project = package.partition(".")[0].replace("_", "-")
-        raise UsageError(
-            f"holdfast.train.lightning is made for {package} {_RANGE}; this is {version}. Install one of these (pip install "
-            f"'{project}>={_MAJOR}.{_OLDEST_MINOR},<{_MAJOR + 1}'), or a newer holdfast"
-        )
+    check_range(
+        "holdfast.train.lightning", package, version, major=_MAJOR, oldest_minor=_OLDEST_MINOR,
+        project=package.partition(".")[0].replace("_", "-"),
+    )  # fmt: skip
 
 
 def check_parts(trainer: Any) -> None:
     """Raises UsageError where this Trainer is not built as expected: a newer Lightning, or a class that changes its insides."""
     for path, methods in _METHODS.items():
-        owner = _at(trainer, path)
         for name, expected in methods.items():
-            method = getattr(owner, name, None)
-            if not callable(method):
-                raise _unknown(trainer, f"{_name(path)} has no {name}()")
-            present = inspect.signature(method).parameters
-            is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in present.values())
-            lost = [] if is_open else [parameter for parameter in expected if parameter not in present]
-            if lost:
-                raise _unknown(trainer, f"{_name(path)}.{name}() does not take {', '.join(lost)}")
+            lack = lack_of(_at(trainer, path), _name(path), name, expected)
+            if lack is not None:
+                raise _unknown(trainer, lack)
     for path, names in _ATTRIBUTES.items():
         for name in names:
             if not hasattr(_at(trainer, path), name):
