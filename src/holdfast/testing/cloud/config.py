@@ -45,6 +45,12 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     on_demand: Price | None = None
     from_s: int = 0
     """Where in the trace the cloud begins."""
+    speed: int = 1
+    """Seconds of the trace that pass in one of the cloud's: gaps become short, while boots, notices and the bill stay as they are."""
+
+    def __post_init__(self) -> None:
+        if self.machines < 1 or self.from_s < 0 or self.speed < 1:
+            raise UsageError("machines and speed of a trace are 1 or more, from_s is 0 or more")
 
 
 class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

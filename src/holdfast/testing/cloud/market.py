@@ -162,10 +162,12 @@ def _traced(trace: TraceConfig, folder: Path) -> tuple[Steps, Steps]:
     rows = ([trace.machines * each for each in read.capacity[0].tolist()], read.microusd_h[0].tolist())
     if first >= read.ticks:
         raise UsageError(f"{path} ends before second {trace.from_s}")
-    capacity, prices = (_thinned(row[first:], read.tick_s) for row in rows)
+    capacity, prices = (_thinned(row[first:], read.tick_s, trace.speed) for row in rows)
     return capacity, prices
 
 
-def _thinned(row: list[int], tick_s: int) -> Steps:
-    kept = [index for index in range(len(row)) if index == 0 or row[index] != row[index - 1]]
-    return Steps(tuple(index * tick_s for index in kept), tuple(row[index] for index in kept))
+def _thinned(row: list[int], tick_s: int, speed: int) -> Steps:
+    """Of ticks that fall into one second the last one counts."""
+    seconds = {index * tick_s // speed: value for index, value in enumerate(row)}
+    kept = [(at, value) for (at, value), before in zip(seconds.items(), (None, *seconds.values()), strict=False) if value != before]
+    return Steps(tuple(at for at, _ in kept), tuple(value for _, value in kept))
