@@ -148,6 +148,17 @@ class World:
             self.cloud.advance(STEP_S)
         raise AssertionError(f"not over after {most_s} s: {controller.outlook}; {self.story()}")
 
+    def play_for(self, seconds: int, script: Callable[[World], None] = lambda world: None) -> Over | None:
+        """A new controller, for so long."""
+        controller = self.controller()
+        for _ in range(seconds // STEP_S):
+            script(self)
+            if (over := controller.step()) is not None:
+                return over
+            self.check()
+            self.cloud.advance(STEP_S)
+        return None
+
     def abandon(self, seconds: int) -> None:
         """No controller any more."""
         for _ in range(seconds // STEP_S):

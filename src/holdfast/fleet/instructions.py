@@ -19,6 +19,7 @@ class Propose:
     launch: int
     allowed: tuple[Allowed, ...]
     predecessor: int | None
+    policy_state: str
     reasons: tuple[str, ...]
 
 

@@ -16,7 +16,7 @@ from holdfast.fleet.terms import Terms
 from holdfast.fleet.view import LaunchView, MarketView, RunView
 from holdfast.policy import retry
 from holdfast.policy.market.base import MarketPolicy
-from holdfast.policy.market.facts import LONGEST_S, Context, Job, Market, Running
+from holdfast.policy.market.facts import LONGEST_S, Context, Job, Market, PolicyState, Running
 from holdfast.policy.market.facts import Offer as PolicyOffer
 from holdfast.policy.market.reasons import about_time
 from holdfast.policy.market.registry import policy_named
@@ -107,7 +107,8 @@ def work_left_s(view: RunView, terms: Terms) -> int:
 
 def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | None) -> MarketView | None:
     """What the policy says now, where `running` works or is on its way. Asked once a tick, and again in the same tick, with the
-    memory from before, when a pool that it counted on could not be had, or something else runs. None: no offers are known yet."""
+    memory from before, when a pool that it counted on could not be had, or something else runs than it has chosen. None: no offers
+    are known yet."""
     spot = sorted((offer for offer in view.offers if offer.pool.market == "spot"), key=lambda offer: offer.pool)
     demand = [offer.microusd_h for offer in view.offers if offer.pool.market == "on-demand"]
     demand += [offer.on_demand_microusd_h for offer in spot] if not demand else []
@@ -122,13 +123,16 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
     pools = tuple(offer.pool.name for offer in spot)
     policy = _policy(terms, pools)
     fresh = policy.start(len(pools))
-    if last is not None and (last.before.policy, len(last.before.memory)) != (fresh.policy, len(fresh.memory)):
+    if last is not None and not _fits(last.before, fresh):
         last = None  # other pools than before
     is_new = last is None or now_s - last.asked_s >= terms.tick_s
     name = None if here is None else here.name
+    if last is not None and _is_carried_out(last, here):
+        # What it remembers of its choice belongs to what runs now: without it, it would find something that it never asked for.
+        last = replace(last, before=last.after, here=name)
     if last is not None and not is_new and (last.unavailable, last.here) == (unavailable, name):
         return last
-    before = fresh if last is None else last.after if is_new else last.before
+    before = _remembered(view, running, fresh) if last is None else last.after if is_new else last.before
     is_here = here is not None and (here.market == "on-demand" or here.name in pools)
     context = Context(
         job=_job(terms),
@@ -153,6 +157,27 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
     return MarketView(
         asked_s, before, after, decision.market.value, decision.pool, reasons, unavailable, name
     )  # fmt: skip
+
+
+def _fits(state: PolicyState, fresh: PolicyState) -> bool:
+    return (state.policy, len(state.memory)) == (fresh.policy, len(fresh.memory))
+
+
+def _is_carried_out(last: MarketView, here: Pool | None) -> bool:
+    """Whether what runs now, and did not before, is what was decided."""
+    if here is None or here.name == last.here or here.market != last.market:
+        return False
+    return here.market == "on-demand" or here.name == last.pool
+
+
+def _remembered(view: RunView, running: LaunchView | None, fresh: PolicyState) -> PolicyState:
+    """What the controller before this one remembered when it launched what runs, else what it launched last; of other pools
+    nothing."""
+    for launch in (*(() if running is None else (running,)), *reversed(view.launches)):
+        if launch.intent is not None and launch.intent.policy_state:
+            found = PolicyState.from_json(launch.intent.policy_state)
+            return found if _fits(found, fresh) else fresh
+    return fresh
 
 
 def _policy(terms: Terms, pools: tuple[str, ...]) -> MarketPolicy:

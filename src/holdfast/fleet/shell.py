@@ -198,7 +198,7 @@ class Controller:
         intent = Intent(
             format=FORMAT_VERSION, launch=plan.launch, nonce=self._records.nonce(), run_id=terms.run_id, fleet=terms.fleet,
             token=token, allowed=plan.allowed, request=self._provider.request(order), reasons=plan.reasons,
-            predecessor=plan.predecessor, created_unix_s=float(now_s),
+            predecessor=plan.predecessor, policy_state=plan.policy_state, created_unix_s=float(now_s),
         )  # fmt: skip
         won, found = self._records.write(intent_key(plan.launch), intent)
         self._take([Read(plan.launch, found, now_s)])

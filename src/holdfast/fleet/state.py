@@ -117,7 +117,7 @@ def _want(view: RunView, terms: Terms, now_s: int) -> tuple[RunView, tuple[Instr
         return view, tell(working, "stop", market.reasons), Outlook(market.reasons)
     place = where(view, terms, now_s, market)
     if isinstance(place, Place):
-        return _propose(view, terms, place, working)
+        return _propose(view, terms, place, working, market)
     if place.until_s is None and all(phase is Phase.OVER for phase in phases.values()):
         return (
             view,
@@ -158,7 +158,7 @@ def _hand_over(
 
 
 def _propose(
-    view: RunView, terms: Terms, place: Place, working: LaunchView | None
+    view: RunView, terms: Terms, place: Place, working: LaunchView | None, market: MarketView
 ) -> tuple[RunView, tuple[Instruction, ...], Outlook]:
     """If the budget allows it: the grant itself is written after the number is won, on what is known then."""
     number = view.next_launch
@@ -167,7 +167,9 @@ def _propose(
     if not isinstance(decision, Refused):
         predecessor = None if working is None else working.launch
         reasons = (*place.reasons, *decision.reasons)
-        proposed = Propose(launch=number, allowed=place.allowed, predecessor=predecessor, reasons=reasons)
+        proposed = Propose(
+            launch=number, allowed=place.allowed, predecessor=predecessor, policy_state=market.after.to_json(), reasons=reasons
+        )  # fmt: skip
         return view, (proposed,), Outlook(reasons)
     if all(phase_of(launch) is Phase.OVER for launch in view.launches):
         return (

@@ -127,6 +127,7 @@ class Ruled(MarketPolicy):
         own = self._count(situation, own)
         hours, demand = self.hours(situation), self.allows_demand(situation)
         seen, alive = self._seen(situation, own, hours)
+        own[_FALLEN_BACK] *= alive == ON_DEMAND
         learned, choice = self._asked.choose(seen, theirs)
         # Of hours that it may not use it learns nothing: they are another market, and its wishes are not tried.
         used = hours.may_start | (hours.may_run & (alive != NOTHING))
@@ -139,7 +140,7 @@ class Ruled(MarketPolicy):
         if not (self.rules.start_window.always and self.rules.run_window.always):
             # What it was told to be work is partly time in which nothing may run.
             choice = replace(choice, costs=None)
-        return np.vstack([self._remember(situation, own, choice), theirs]), choice
+        return np.vstack([self._remember(own, alive, choice), theirs]), choice
 
     def _count(self, situation: Situation, own: Floats) -> Floats:
         """The memory with the work that was done since the last look, if it counts for the floor."""
@@ -256,11 +257,13 @@ class Ruled(MarketPolicy):
     def _is_reserved(self, target: Ints) -> Bools:
         return np.isin(target, self._reserved) if self._reserved else np.zeros(target.shape, np.bool_)
 
-    def _remember(self, situation: Situation, own: Floats, choice: Choice) -> Floats:
+    def _remember(self, own: Floats, alive: Ints, choice: Choice) -> Floats:
         on_demand = choice.target == ON_DEMAND
         own[_COUNTS] = on_demand | self._is_reserved(choice.target)
         kept = (own[_FALLEN_BACK] > 0) & (choice.why == Why.HOURS_KEEP)
-        own[_FALLEN_BACK] = on_demand & ((choice.why == Why.FALLBACK) | kept)
+        # What fills a gap still does so while its replacement boots, and when that never comes.
+        left = (own[_FALLEN_BACK] > 0) & (alive == ON_DEMAND) & (choice.target >= 0)
+        own[_FALLEN_BACK] = (on_demand & ((choice.why == Why.FALLBACK) | kept)) | left
         return own
 
 

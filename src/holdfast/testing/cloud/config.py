@@ -46,7 +46,7 @@ class TraceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     from_s: int = 0
     """Where in the trace the cloud begins."""
     speed: int = 1
-    """Seconds of the trace that pass in one of the cloud's: gaps become short, while boots, notices and the bill stay as they are."""
+    """Seconds of the trace that pass in one of the cloud's: gaps become short, boots, notices and the bill stay as they are."""
 
     def __post_init__(self) -> None:
         if self.machines < 1 or self.from_s < 0 or self.speed < 1:
