@@ -106,8 +106,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     predecessor: int | None = None
     """Standby for this launch's machine: claims when that one has released, or is past its deadline and grace."""
     policy_state: str = ""
-    """What the market policy remembered after it had decided on this launch, for the next controller: `policy.market.facts.PolicyState`
-    as JSON."""
+    """What the market policy remembered after it had decided on this launch, for the next controller:
+    `policy.market.facts.PolicyState` as JSON."""
     created_unix_s: float = 0.0
 
 
