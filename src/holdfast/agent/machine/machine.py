@@ -183,7 +183,9 @@ class _Shell:
             care=Care(startup_report=True, notice=job.notice),
             logs=LogLimits() if job.keeps_output else None,
         )
-        with beside(life.listen, life.speak, listen_s=self.pace.poll_s, speak_s=min(1.0, self.pace.pulse_s)):
+        with beside(
+            life.listen, life.speak, has_word=life.words.are_waiting, listen_s=self.pace.poll_s, speak_s=min(1.0, self.pace.pulse_s)
+        ):  # fmt: skip
             return run_command(
                 task.prepared.command, options, clock=self.clock, sink=_LastReasons(life), say=self.say, rng=self.rng,
                 environment=dict(task.prepared.environment) | _facts(self.url, self.machine, task, self.clock),

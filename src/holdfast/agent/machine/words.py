@@ -36,6 +36,8 @@ class Words:
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._waiting: deque[MachineWord] = deque()
         self._next = 0
+        self.are_waiting = threading.Event()
+        """Set by each new word, for whoever sends them; and cleared by whoever waits for it."""
 
     def say(
         self,
@@ -56,6 +58,7 @@ class Words:
             )  # fmt: skip
             self._next += 1
             self._waiting.append(word)
+        self.are_waiting.set()
 
     def send(self) -> None:
         """Until all is written. Raises what stores raise, and Fenced."""
