@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,16 @@ from holdfast.core.bootstrap import (
     bootstrap_script,
 )
 from holdfast.core.errors import UsageError
+from holdfast.store.open import open_store
+from holdfast.testing.servers import ministack_server
 
 GIVE_UP_S = 120.0
 SHA = "0" * 64
 PYTHON = """#!/bin/sh
 # Stands for the image's python: makes an environment whose python says what it was told.
-if [ "$2" = venv ]; then
+if [ "$1" = -c ]; then
+  exec {real} "$@"
+elif [ "$2" = venv ]; then
   mkdir -p venv/bin && cp "$0" venv/bin/python
 elif [ "$2" = pip ]; then
   echo "$@" >> pip-calls; {pip}
@@ -48,7 +54,7 @@ def a_wheel(folder: Path) -> Piece:
 
 def fake_python(folder: Path, pip: str = "exit 0", machine: str = "exit 0") -> str:
     path = folder / "python"
-    path.write_text(PYTHON.replace("{pip}", pip).replace("{machine}", machine))
+    path.write_text(PYTHON.replace("{pip}", pip).replace("{machine}", machine).replace("{real}", sys.executable))
     path.chmod(0o755)
     return str(path)
 
@@ -107,6 +113,24 @@ def test_a_file_that_is_not_the_one_that_was_meant_is_not_installed(tmp_path: Pa
     other = Piece(source=wheel.source, name=wheel.name, sha256=SHA)
     assert run(tmp_path, pieces=[other], python=fake_python(tmp_path)) == (1, "ended\n")
     assert not (tmp_path / "machine" / "pip-calls").exists()
+
+
+def test_from_a_bucket_on_an_image_without_the_aws_command(tmp_path: Path) -> None:
+    """Then boto3, which images for training have, fetches by the machine's own role."""
+    piece = a_wheel(tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("mkdir", "rm", "cp", "sh", "sleep", "sha256sum", "cat", "kill", "env"):
+        (tmp_path / "tools" / name).symlink_to(shutil.which(name) or name)
+    with ministack_server() as server:
+        bucket = server.make_bucket("code")
+        with closing(open_store(f"{bucket}/run", options=server.options)) as store:
+            assert store.put_new("code/wheel.whl", Path(piece.source).read_bytes())
+        source = replace(piece, source=f"{bucket}/run/code/wheel.whl")
+        environment = {**server.environment, "PATH": str(tmp_path / "tools")}
+        assert run(
+            tmp_path, pieces=[source], python=fake_python(tmp_path), environment=json.dumps(environment)
+        ) == (0, "ended\n")  # fmt: skip
+    assert (tmp_path / "machine" / "pieces" / piece.name).read_bytes() == b"wheel"
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -112,7 +112,7 @@ def bootstrap_script(
             _PROLOGUE.replace("@LIMIT@", str(boot_limit_s)),
             *exports,
             *identity,
-            _FETCH,
+            _FETCH.replace("@PYTHON@", quote(python)),
             *fetches,
             _INSTALL.replace("@PYTHON@", quote(python)).replace("@WHEEL@", quote(pieces[0].name)),
             f'"$D/venv/bin/python" -m holdfast machine --run {quote(run_url)} --launch {launch} --end-command "$END"',
@@ -170,7 +170,10 @@ _FETCH = """\
 mkdir -p pieces
 fetch() {
   case "$1" in
-    s3://*) aws s3 cp --only-show-errors "$1" "$2" ;;
+    s3://*) if command -v aws >/dev/null; then aws s3 cp --only-show-errors "$1" "$2"; else @PYTHON@ -c '
+import sys, boto3
+bucket, _, key = sys.argv[1][5:].partition("/")
+boto3.client("s3").download_file(bucket, key, sys.argv[2])' "$1" "$2"; fi ;;
     gs://*) if command -v gcloud >/dev/null; then gcloud storage cp "$1" "$2"; else gsutil -q cp "$1" "$2"; fi ;;
     https://*) if command -v curl >/dev/null; then curl -fsSL --retry 3 -o "$2" "$1"; else wget -qO "$2" "$1"; fi ;;
     file://*) cp "${1#file://}" "$2" ;;
