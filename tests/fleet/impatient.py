@@ -10,7 +10,7 @@ from holdfast.fleet.terms import Terms
 from holdfast.policy.backoff import Backoff
 from holdfast.policy.retry import RetryLimits
 
-QUICK = RetryLimits(after_preemption=Backoff(1, 20), storm_preemptions=1000)
+QUICK = RetryLimits(after_failure=Backoff(1, 15), after_preemption=Backoff(1, 20), storm_preemptions=1000)
 
 if __name__ == "__main__":
     mandate.Terms = partial(Terms, retry=QUICK, tick_s=5)  # type: ignore[assignment, misc]

@@ -26,15 +26,18 @@ class Rehearsal:
     """A cloud, a run, and the controller that is at work."""
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], job: dict[str, Any], command: tuple[str, ...] = HOLDFAST
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        job: dict[str, Any],
+        command: tuple[str, ...] = HOLDFAST,
+        url: str | None = None,
     ) -> None:
-        self.folder, self._command = folder, command
+        self.folder, self._command, self.url = folder, command, url or str(folder / "run")
         (folder / "cloud.json").write_text(json.dumps(config))
         self.cloud = LocalCloud.open(folder / "cloud", folder / "cloud.json")
         self.job = folder / "job.yaml"
-        self.job.write_text(
-            json.dumps({**job, "checkpoint": {"url": str(folder / "run")}, "resources": {"infra": "local"}})
-        )
+        self.job.write_text(json.dumps({**job, "checkpoint": {"url": self.url}, "resources": {"infra": "local"}}))
         self.controller: subprocess.Popen[str] | None = None
         self._others: list[subprocess.Popen[str]] = []
 
@@ -42,7 +45,7 @@ class Rehearsal:
         self._start("launch", str(self.job), "--cloud", str(self.folder / "cloud"), "--yes", "--slice", "10 min")
 
     def go_on(self) -> None:
-        self._start("controller", str(self.folder / "run"), "--slice", "10 min")
+        self._start("controller", self.url, "--slice", "10 min")
 
     def _start(self, *words: str) -> None:
         with (self.folder / "controller.log").open("a") as log:
@@ -85,7 +88,7 @@ class Rehearsal:
 
     def steps(self) -> int:
         """Of the newest checkpoint."""
-        store = open_store(str(self.folder / "run"))
+        store = open_store(self.url)
         try:
             head = read_truth(store).head
         finally:
@@ -93,7 +96,7 @@ class Rehearsal:
         return max((ref.step for ref in head.checkpoints), default=0) if head is not None else 0
 
     def status(self) -> dict[str, Any]:
-        command = [*HOLDFAST, "status", str(self.folder / "run"), "--json"]
+        command = [*HOLDFAST, "status", self.url, "--json"]
         shown = subprocess.run(command, capture_output=True, text=True, check=False)
         assert shown.returncode == 0, shown.stderr
         found: dict[str, Any] = json.loads(shown.stdout)
@@ -110,9 +113,7 @@ class Rehearsal:
         raise AssertionError(f"waited in vain: {self.story()}")
 
     def output(self) -> str:
-        return subprocess.run(
-            [*HOLDFAST, "logs", str(self.folder / "run")], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([*HOLDFAST, "logs", self.url], capture_output=True, text=True, check=True).stdout
 
     def story(self) -> str:
         consoles = sorted((self.folder / "cloud" / "consoles").glob("*.log"))

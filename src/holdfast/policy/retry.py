@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-_AFTER_FAILURE, _AFTER_PREEMPTION, _IN_A_STORM = Backoff(30, 1800), Backoff(300, 3600), Backoff(60, 1800)
+_AFTER_FAILURE, _AFTER_PREEMPTION, _IN_A_STORM = Backoff(30, 600), Backoff(300, 3600), Backoff(60, 1800)
 _FALLBACK = Fallback()
 _PERMANENT = {Failure.BAD_REQUEST, Failure.NO_PERMISSION, Failure.NO_QUOTA}
 
