@@ -103,7 +103,7 @@ def test_twenty_preemptions(rehearse: Any, tmp_path: Path) -> None:
     alone = ["train.py", "--url", str(tmp_path / "reference"), "--proof", str(reference), *arguments.split()]
     subprocess.run([sys.executable, *alone], cwd=EXAMPLE, check=True, capture_output=True)
     run = f"python train.py {arguments} --save-every '5 steps' --proof proof.json\necho proof: $(cat proof.json)"
-    limits = {"budget": 5, "deadline": "3h", "plan": {"work": "20 min", "changeover": "40 s"}, "fallback_after": "20 s"}
+    limits = {"budget": 5, "deadline": "3h", "plan": {"work": "10 min", "changeover": "10 s"}, "fallback_after": "20 s"}
     job = {"name": "chargpt", "run": run, "workdir": str(EXAMPLE), **limits}
     zones = string.ascii_lowercase[:6]
     spot = [{"name": f"local/here/{zone}/small/spot", "capacity": 2, "price": "0.30"} for zone in zones]
