@@ -119,7 +119,7 @@ def test_from_a_bucket_on_an_image_without_the_aws_command(tmp_path: Path) -> No
     """Then boto3, which images for training have, fetches by the machine's own role."""
     piece = a_wheel(tmp_path)
     (tmp_path / "tools").mkdir()
-    for name in ("mkdir", "rm", "cp", "sh", "sleep", "sha256sum", "cat", "kill", "env"):
+    for name in ("mkdir", "rm", "cp", "sh", "sleep", "sha256sum", "cat", "kill", "env", "chmod"):
         (tmp_path / "tools" / name).symlink_to(shutil.which(name) or name)
     with ministack_server() as server:
         bucket = server.make_bucket("code")

@@ -190,9 +190,15 @@ get() {
 }"""
 
 _INSTALL = """\
-venv() { @PYTHON@ -m venv --system-site-packages "$@" venv; }
-# An image without ensurepip has a pip of its own.
-[ -x venv/bin/python ] || venv || { rm -rf venv; venv --without-pip; }
+[ -x venv/bin/python ] || @PYTHON@ -m venv --system-site-packages --without-pip venv
+# The image's pip works in here as well, and a second one takes seconds to unpack.
+if venv/bin/python -m pip --version >/dev/null 2>&1; then
+  for pip in venv/bin/pip venv/bin/pip3; do
+    [ -e $pip ] || { printf '#!/bin/sh\\nexec "%s/venv/bin/python" -m pip "$@"\\n' "$D" > $pip; chmod 755 $pip; }
+  done
+else
+  venv/bin/python -m ensurepip
+fi
 install() { venv/bin/python -m pip install --no-index --disable-pip-version-check -q "$@" pieces/@WHEEL@; }
 # This very wheel, whatever the image has of the same version; then what it needs and nobody has yet.
 install --no-deps --force-reinstall
