@@ -70,3 +70,28 @@ def test_back_to_spot_after_a_standby_was_lost() -> None:
     markets = [machine.pool.market for machine in world.cloud.machines_]
     assert markets == ["spot", "on-demand", "spot", "spot"], world.story()
     world.check_end()
+
+
+@pytest.mark.parametrize("later_s", [0, 30, 640, 700])
+def test_two_controllers_of_one_mind(later_s: int) -> None:
+    """Whichever of them bought what fills the gap, the other one does not take it for something that nobody asked for."""
+    gap_s = range(600, 3000)
+    world = gap_world(gap_s, work_s=5400, deadline_s=12 * 3600, policy="ours")
+    script = ends_the_gap_with_its_machines(gap_s)
+    assert world.play_for(later_s, script) is None
+    both = [world.controller(), world.controller()]
+    overs: list[Any] = []
+    while not overs:
+        script(world)
+        for controller in both:
+            over = controller.step()
+            overs += [] if over is None else [over]
+            world.check()
+            world.cloud.advance(5)
+        assert world.cloud.now_s < world.born_s + 12 * 3600, world.story()
+    markets = [machine.pool.market for machine in world.cloud.machines_]
+    assert markets == ["spot", "on-demand", "spot"], world.story()
+    for _ in range(10):
+        both[0].step()
+        world.cloud.advance(10)
+    world.check_end()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+from holdfast.core.errors import FormatError
 from holdfast.core.failures import Failure
 from holdfast.core.launches import Allowed, Pool
 from holdfast.fleet.terms import Terms
@@ -127,9 +128,8 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
         last = None  # other pools than before
     is_new = last is None or now_s - last.asked_s >= terms.tick_s
     name = None if here is None else here.name
-    if last is not None and _is_carried_out(last, here):
-        # What it remembers of its choice belongs to what runs now: without it, it would find something that it never asked for.
-        last = replace(last, before=last.after, here=name)
+    if last is not None:
+        last = _remembering(last, running, here, fresh)
     if last is not None and not is_new and (last.unavailable, last.here) == (unavailable, name):
         return last
     before = _remembered(view, running, fresh) if last is None else last.after if is_new else last.before
@@ -155,7 +155,8 @@ def ask_market(view: RunView, terms: Terms, now_s: int, running: LaunchView | No
         each for each in decision.reasons if terms.deadline_unix_s is not None or each != about_time(context)
     )
     return MarketView(
-        asked_s, before, after, decision.market.value, decision.pool, reasons, unavailable, name
+        asked_s, before, after, decision.market.value, decision.pool, reasons, unavailable, name,
+        None if here is None or running is None else running.launch,
     )  # fmt: skip
 
 
@@ -163,21 +164,37 @@ def _fits(state: PolicyState, fresh: PolicyState) -> bool:
     return (state.policy, len(state.memory)) == (fresh.policy, len(fresh.memory))
 
 
-def _is_carried_out(last: MarketView, here: Pool | None) -> bool:
-    """Whether what runs now, and did not before, is what was decided."""
-    if here is None or here.name == last.here or here.market != last.market:
-        return False
-    return here.market == "on-demand" or here.name == last.pool
+def _remembering(last: MarketView, running: LaunchView | None, here: Pool | None, fresh: PolicyState) -> MarketView:
+    """What is remembered of a choice belongs to the machine that came of it: without it, the policy would find something that it
+    never asked for. Where another controller has chosen, its memory counts."""
+    if running is None or here is None or running.launch == last.launch:
+        return last
+    found = None if running.won else _written(running, fresh)
+    if found is not None:
+        return replace(last, before=found, after=found, launch=running.launch)
+    if here.market == last.market and (here.market == "on-demand" or here.name == last.pool):
+        return replace(last, before=last.after, here=here.name, launch=running.launch)
+    return last
 
 
 def _remembered(view: RunView, running: LaunchView | None, fresh: PolicyState) -> PolicyState:
-    """What the controller before this one remembered when it launched what runs, else what it launched last; of other pools
-    nothing."""
+    """What the controller before this one remembered when it launched what runs, else what it launched last."""
     for launch in (*(() if running is None else (running,)), *reversed(view.launches)):
-        if launch.intent is not None and launch.intent.policy_state:
-            found = PolicyState.from_json(launch.intent.policy_state)
-            return found if _fits(found, fresh) else fresh
+        found = _written(launch, fresh)
+        if found is not None:
+            return found
     return fresh
+
+
+def _written(launch: LaunchView, fresh: PolicyState) -> PolicyState | None:
+    """With its launch; None: nothing, or of another policy, other pools, a newer version."""
+    if launch.intent is None or not launch.intent.policy_state:
+        return None
+    try:
+        found = PolicyState.from_json(launch.intent.policy_state)
+    except FormatError:
+        return None
+    return found if _fits(found, fresh) else None
 
 
 def _policy(terms: Terms, pools: tuple[str, ...]) -> MarketPolicy:

@@ -120,6 +120,8 @@ class MarketView:
     """The pools that could not be had when it was asked."""
     here: str | None
     """The pool of what ran, or was on its way."""
+    launch: int | None
+    """Of what ran."""
 
 
 @dataclass(frozen=True, slots=True)
