@@ -2,10 +2,10 @@
 
 The lines for holdfast are the `with`, the `track` and the two loops. Start it, kill it, start it again with the same command:
 
-    accelerate launch --cpu --num_processes 2 train.py --url ./runs/chars
+    accelerate launch --multi_gpu --num_processes 2 train.py --url ./runs/chars
 
-or plainly `python train.py`. The model is made here: nothing is downloaded. `--proof FILE` writes a hash of the weights, by which a
-run that was killed and one that was not can be compared.
+(without GPUs too: with `--cpu` it would start one process), or plainly `python train.py`. The model is made here: nothing is
+downloaded. `--proof FILE` writes a hash of the weights, by which a run that was killed and one that was not can be compared.
 """
 
 from __future__ import annotations

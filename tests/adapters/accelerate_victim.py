@@ -3,11 +3,9 @@ clipping, a schedule that counts micro-batches, registered objects, random augme
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from adapter_data import StatefulStream, Stream, fetched, hand_over
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from victim import announce, digest
 
 import holdfast
 
 SAMPLES, BATCH, EPOCHS, WIDTH = 44, 4, 3, 8
-fetched: list[int] = []
 
 
 def sample(index: int) -> dict[str, Any]:
@@ -39,33 +37,6 @@ class Noisy(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return sample(index)
-
-
-class Stream(IterableDataset[dict[str, Any]]):
-    """In order, and without a state."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index in range(SAMPLES):
-            yield sample(index)
-
-
-class StatefulStream(Stream):
-    """Goes on where it was."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while self.next < SAMPLES:
-            self.next += 1
-            yield sample(self.next - 1)
-        self.next = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
 
 
 class Average:
@@ -95,7 +66,9 @@ class Mean(nn.Module):
                 mine.lerp_(its, 0.1)
 
 
-DATA = {"map": Noisy, "stream": Stream, "stateful-stream": StatefulStream}
+DATA: dict[str, Callable[[], Any]] = {
+    "map": Noisy, "stream": lambda: Stream(sample, SAMPLES), "stateful-stream": lambda: StatefulStream(sample, SAMPLES),
+}  # fmt: skip
 
 
 def make_model() -> nn.Sequential:
@@ -197,8 +170,4 @@ def train(
         "digests": [digest(part) for part in parts],
         "rng": digest([torch.get_rng_state(), list(random.getstate()), np.random.get_state()[1].tolist()]),
     }
-    target = f"{result}.{rank}" if several else result
-    temporary = Path(target + f".{os.getpid()}")
-    temporary.write_text(json.dumps(outcome))
-    temporary.replace(target)
-    Path(result).with_name(f"fetched.{rank}").write_text(json.dumps(fetched))
+    hand_over(outcome, result, rank if several else None)

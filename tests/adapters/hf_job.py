@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
@@ -13,6 +12,7 @@ import hf_victim
 import numpy as np
 import torch
 import torch.distributed as dist
+from adapter_data import hand_over
 from job import die_at
 from transformers import TrainerCallback
 
@@ -61,6 +61,5 @@ def main(
         seed(100 + rank)
     returned = trainer.train()
     outcome = {**hf_victim.outcome_of(trainer), "returned": [returned.global_step, returned.training_loss]}
-    Path(f"{result}.{rank}").write_text(json.dumps(outcome))
-    Path(f"{url}.fetched-{rank}").write_text(str(len(hf_victim.fetched)))
+    hand_over(outcome, result, rank)
     dist.destroy_process_group()

@@ -4,7 +4,6 @@ callbacks with a state, one of which records every sample that reached the model
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from adapter_data import StatefulStream, Stream, fetched, hand_over
+from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from victim import announce, digest
@@ -23,7 +23,6 @@ from holdfast.train.huggingface import Callback
 SAMPLES, BATCH, EPOCHS, LENGTH, VOCABULARY = 44, 4, 3, 12, 32
 CLOCKED = ("runtime", "per_second")
 """Figures that no two runs have in common."""
-fetched: list[int] = []
 
 
 def sample(index: int) -> dict[str, Any]:
@@ -53,33 +52,6 @@ class Fixed(Noisy):
     def __getitem__(self, index: int) -> dict[str, Any]:
         one = super().__getitem__(index)
         return {**one, "input_ids": (torch.arange(LENGTH) * (index + 1)) % VOCABULARY, "mask": False}
-
-
-class Stream(IterableDataset[dict[str, Any]]):
-    """In order, and without a state."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index in range(SAMPLES):
-            yield sample(index)
-
-
-class StatefulStream(Stream):
-    """Goes on where it was."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while self.next < SAMPLES:
-            self.next += 1
-            yield sample(self.next - 1)
-        self.next = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
 
 
 def numbers(shards: list[int]) -> Iterator[dict[str, int]]:
@@ -183,8 +155,9 @@ class Announcing(TrainerCallback):
 
 
 DATA: dict[str, Callable[[], Any]] = {
-    "map": Noisy, "odd": lambda: Noisy(43), "stream": Stream, "stateful-stream": StatefulStream,
-    "datasets": lambda: from_datasets(False), "shuffled-datasets": lambda: from_datasets(True),
+    "map": Noisy, "odd": lambda: Noisy(43), "stream": lambda: Stream(sample, SAMPLES),
+    "stateful-stream": lambda: StatefulStream(sample, SAMPLES), "datasets": lambda: from_datasets(False),
+    "shuffled-datasets": lambda: from_datasets(True),
 }  # fmt: skip
 
 
@@ -283,7 +256,4 @@ def train(url: str | None, result: str, resume: bool = False, **settings: Any) -
     mine = any(name.startswith("checkpoint-") for name in os.listdir(output)) if resume else False
     returned = trainer.train(resume_from_checkpoint=True if mine else None)
     outcome = {**outcome_of(trainer), "returned": [returned.global_step, returned.training_loss]}
-    temporary = Path(result + f".{os.getpid()}")
-    temporary.write_text(json.dumps(outcome))
-    temporary.replace(result)
-    Path(result).with_name("fetched").write_text(json.dumps(fetched))
+    hand_over(outcome, result)

@@ -4,20 +4,21 @@ hooks that put something into checkpoints, and callbacks with a state, one of wh
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
-import sys
+import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from adapter_data import StatefulStream, Stream, fetched, hand_over
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from victim import announce, digest
 
 if os.environ.get("HOLDFAST_TEST_LIGHTNING") == "pytorch_lightning":
@@ -35,7 +36,6 @@ from holdfast.core.errors import HoldfastWarning
 from holdfast.train.lightning import Callback as Holdfast
 
 SAMPLES, BATCH, EPOCHS, WIDTH, CLASSES = 44, 4, 3, 8, 3
-fetched: list[int] = []
 
 for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -64,30 +64,10 @@ class Noisy(Dataset[dict[str, torch.Tensor]]):
         return sample(index)
 
 
-class Stream(IterableDataset[dict[str, torch.Tensor]]):
-    """In order, and without a state."""
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for index in range(SAMPLES):
-            yield sample(index)
-
-
-class StatefulStream(Stream):
-    """Has no end, and goes on where it was."""
-
-    def __init__(self) -> None:
-        self.next = 0
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        while True:
-            index, self.next = self.next, (self.next + 1) % SAMPLES
-            yield sample(index)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+DATA: dict[str, Callable[[], Any]] = {
+    "map": Noisy, "stream": lambda: Stream(sample, SAMPLES),
+    "stateful-stream": lambda: StatefulStream(sample, SAMPLES, endless=True),
+}  # fmt: skip
 
 
 class Data(pl.LightningDataModule):
@@ -101,7 +81,7 @@ class Data(pl.LightningDataModule):
         if self.kind == "redrawn":
             chosen = torch.randperm(2 * SAMPLES)[:SAMPLES].tolist()
             return DataLoader(torch.utils.data.Subset(Noisy(2 * SAMPLES), chosen), batch_size=BATCH, shuffle=True)
-        dataset: Any = {"map": Noisy, "stream": Stream, "stateful-stream": StatefulStream}[self.kind]()
+        dataset: Any = DATA[self.kind]()
         shuffle = {"shuffle": True} if self.kind == "map" else {}
         workers: dict[str, Any] = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
         return DataLoader(dataset, batch_size=BATCH, **shuffle, **workers)
@@ -303,6 +283,17 @@ class Announcing(Callback):
         self.announce("finishing", trainer.global_step)
 
 
+class Page(Callback):
+    """Notes how far this rank is, and slows it down."""
+
+    def __init__(self, page: Path, pace_s: float) -> None:
+        self.page, self.pace_s = page, pace_s
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.pace_s)
+        self.page.write_text(str(trainer.global_step))
+
+
 MODELS = {"automatic": Net, "manual": Manual}
 
 
@@ -312,7 +303,6 @@ def make_trainer(
     *,
     save_every: str = "2 steps",
     pause_in: str = "",
-    pause_rank: int = 0,
     callbacks: list[Any] | None = None,
     ema: bool = False,
     patience: int | None = None,
@@ -323,7 +313,7 @@ def make_trainer(
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     recorder = Recorder()
-    others: list[Any] = [Announcing(pause_in if pause_rank == int(os.environ.get("LOCAL_RANK", "0")) else ""), recorder]
+    others: list[Any] = [Announcing(pause_in), recorder]
     if ema:
         others.append(
             pl.callbacks.EMAWeightAveraging(decay=0.9) if hasattr(pl.callbacks, "EMAWeightAveraging") else Average()
@@ -365,11 +355,16 @@ def outcome_of(trainer: Any, model: Any) -> dict[str, Any]:
         "seen": trainer.datamodule.seen,
         "hooked": model.hooked,
         "stopping": {name: str(value) for name, value in states.get("EarlyStopping", {}).items()},
-        "best": [Path(checkpoint[name]).name for name in ("best_model_path", "last_model_path") if name in checkpoint],
+        "best": [_file(checkpoint[name]) for name in ("best_model_path", "last_model_path") if name in checkpoint],
         "average": digest(states.get("Average", {})),
         **{name: digest(part) for name, part in parts.items()},
         "tensors": {name: digest(tensor) for name, tensor in model.state_dict().items()},
     }
+
+
+def _file(path: str) -> str:
+    """Without the `-v1` that ModelCheckpoint adds where a lost attempt has left a file of the same step."""
+    return re.sub(r"-v\d+\.ckpt$", ".ckpt", Path(path).name)
 
 
 def make_model(model: str = "automatic", schedule: str = "step") -> Any:
@@ -383,9 +378,6 @@ def train(
 ) -> None:  # fmt: skip
     """Train to the end and write what came out to `result`, with what was fetched by this attempt. `resume`: by Lightning's own
     checkpoints, if there are any."""
-    pid = Path(result).with_name(f"pid.{os.environ.get('LOCAL_RANK', '0')}")
-    pid.with_name(f"{pid.name}.new").write_text(str(os.getpid()))
-    pid.with_name(f"{pid.name}.new").replace(pid)
     warnings.simplefilter("ignore")  # Lightning and torch warn of each other
     warnings.simplefilter("default", HoldfastWarning)
     output = Path(result).parent / "output"
@@ -393,12 +385,5 @@ def train(
     trainer = make_trainer(url, str(output), **settings)
     last = output / "last.ckpt"
     trainer.fit(module, datamodule=Data(data, workers), ckpt_path=str(last) if resume and last.exists() else None)
-    temporary = Path(result + f".{os.getpid()}")
-    temporary.write_text(json.dumps(outcome_of(trainer, module)))
-    temporary.replace(f"{result}.{trainer.global_rank}" if trainer.global_rank else result)
-    Path(result).with_name("fetched").write_text(json.dumps(fetched))
-
-
-if __name__ == "__main__":
-    # Lightning starts the other ranks by starting this script again.
-    train(**json.loads(sys.argv[1]))
+    is_rank = trainer.world_size > 1 or "RANK" in os.environ
+    hand_over(outcome_of(trainer, module), result, trainer.global_rank if is_rank else None)

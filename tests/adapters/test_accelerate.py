@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +11,21 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-sys.path.append(str(Path(__file__).parents[1] / "ranks"))
-
+from adapter_grounds import (
+    References,
+    fetched_by_the_last,
+    ground_for,
+    killed_often,
+    saved_steps,
+    stopped_at,
+    struck_often,
+)
 from forking import Zygote
 from jobs import Job
-from killing import Ground
 
-from holdfast.checkpoint.heads import read_truth
 from holdfast.core.contract import EXIT_PREEMPTED
-from holdfast.store.open import open_store
 
-HERE = Path(__file__).parent
+ZYGOTE = "accelerate_zygote.py"
 SAMPLES, BATCH, EPOCHS = 44, 4, 3
 PER_EPOCH = SAMPLES // BATCH
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
@@ -63,49 +63,15 @@ def some(settings: dict[str, Any], often: tuple[str, ...]) -> list[Any]:
     return [name if name in often else pytest.param(name, marks=pytest.mark.long) for name in settings]
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote(HERE / "accelerate_zygote.py") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same trainings, never interrupted, each made when it is asked for; at another pace of saving, since it must not
-    matter."""
-    folder = tmp_path_factory.mktemp("references")
-    made: dict[str, dict[str, Any]] = {}
-
-    def reference(name: str) -> dict[str, Any]:
-        if name not in made:
-            ground = Ground(zygote, folder / name, str(folder / name / "run"), **SETTINGS[name], save_every="epoch")
-            made[name] = ground.finish()
-        return made[name]
-
-    return reference
-
-
-def ground_for(zygote: Zygote, folder: Path, settings: dict[str, Any]) -> Ground:
-    return Ground(zygote, folder, str(folder / "run"), **settings)
-
-
-def fetched_by_the_last(ground: Ground) -> list[int]:
-    fetched: list[int] = json.loads((ground.folder / "fetched.0").read_text())
-    return fetched
+@pytest.mark.parametrize("name", some(SETTINGS, OFTEN))
+def test_random_kills(zygote: Zygote, references: References, tmp_path: Path, name: str) -> None:
+    for outcome in killed_often(zygote, tmp_path, SETTINGS[name], KILLS, name):
+        assert outcome == references[name]
 
 
 @pytest.mark.parametrize("name", some(SETTINGS, OFTEN))
-def test_random_kills(zygote: Zygote, references: Any, tmp_path: Path, name: str) -> None:
-    rng = random.Random(name)
-    ground = ground_for(zygote, tmp_path, SETTINGS[name])
-    while ground.kills < KILLS and ground.kill_at_random(rng):
-        pass
-    assert ground.finish() == references(name)
-
-
-@pytest.mark.parametrize("name", some(SETTINGS, OFTEN))
-def test_uninterrupted(references: Any, name: str) -> None:
-    outcome = references(name)
+def test_uninterrupted(references: References, name: str) -> None:
+    outcome = references[name]
     assert outcome["steps"] == STEPS[name]
     for start in range(0, EPOCHS * SAMPLES, SAMPLES):
         assert sorted(outcome["samples"][start : start + SAMPLES]) == list(range(SAMPLES))
@@ -134,46 +100,34 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("name", "place", "every"), PLACES)
-def test_killed_at(zygote: Zygote, references: Any, tmp_path: Path, name: str, place: str, every: str) -> None:
+def test_killed_at(zygote: Zygote, references: References, tmp_path: Path, name: str, place: str, every: str) -> None:
     ground = ground_for(zygote, tmp_path, SETTINGS[name])
-    attempt = ground.start(pause_in=place, save_every=every)
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGKILL)
-    attempt.wait()
-    assert ground.finish() == references(name)
+    assert stopped_at(ground, place, signal.SIGKILL, save_every=every) == -signal.SIGKILL
+    assert ground.finish() == references[name]
 
 
 @pytest.mark.parametrize(
     ("name", "step"), [("accumulating", 6), ("across epochs", 16), ("scaler", 3), ("stateful stream", 13)]
 )
 def test_a_notice_is_answered_with_a_checkpoint(
-    zygote: Zygote, references: Any, tmp_path: Path, name: str, step: int
+    zygote: Zygote, references: References, tmp_path: Path, name: str, step: int
 ) -> None:
     """Where the accumulation at hand ends, whatever the interval; and the rest reads what is left and nothing else."""
-    ground = ground_for(zygote, tmp_path, {**SETTINGS[name], "save_every": "1 h"})
-    attempt = ground.start(pause_in=f"stepping:{step}")
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGTERM)
-    ground.go_on()
-    assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
-    head = read_truth(open_store(ground.url)).head
-    assert head is not None
+    ground = ground_for(zygote, tmp_path, SETTINGS[name], save_every="1 h")
+    assert stopped_at(ground, f"stepping:{step}", signal.SIGTERM) == EXIT_PREEMPTED, ground.log.read_text()
     accumulation = SETTINGS[name].get("accumulation", 1)
-    assert step < head.checkpoints[-1].step <= step + (1 if SETTINGS[name].get("grouped", True) else accumulation)
+    assert step < saved_steps(ground)[-1] <= step + (1 if SETTINGS[name].get("grouped", True) else accumulation)
     outcome = ground.finish()
-    assert outcome == references(name)
+    assert outcome == references[name]
     fetched = fetched_by_the_last(ground)
     assert outcome["samples"][-len(fetched) :] == fetched
 
 
 @pytest.mark.parametrize("name", some(WORLDS, ("accumulating", "split")))
 def test_two_ranks(zygote: Zygote, tmp_path: Path, name: str) -> None:
-    rng = random.Random(name)
     reference = Job(zygote, tmp_path / "reference", **WORLDS[name], save_every="5 steps").finish()
-    job = Job(zygote, tmp_path / "struck", **WORLDS[name])
-    for _ in range(STRIKES):
-        job.strike_at_random(rng, signal.SIGKILL)
-    assert job.finish() == reference
+    for outcome in struck_often(zygote, tmp_path / "struck", WORLDS[name], STRIKES, name):
+        assert outcome == reference
     seen = reference[0]["samples"] + reference[1]["samples"]
     assert set(seen) == set(range(SAMPLES))
     if name in ("accumulating", "split", "uneven"):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,20 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from adapter_grounds import (
+    References,
+    check_stream,
+    fetched_by_the_last,
+    ground_for,
+    killed_often,
+    saved_steps,
+    stopped_at,
+)
 from forking import Zygote
-from killing import Ground
 
-from holdfast.checkpoint.heads import read_truth
 from holdfast.core.contract import EXIT_PREEMPTED
-from holdfast.store.open import open_store
 
-sys.path.append(str(Path(__file__).parent))
-
-import hf_zygote
-
+ZYGOTE = "hf_zygote.py"
 SAMPLES, BATCH, EPOCHS, EVALUATION_SAMPLES = 44, 4, 3, 10
 PER_EPOCH = SAMPLES // BATCH
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
@@ -48,62 +48,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The first steps overflow and are skipped; the scale goes down and up again.
     "scaler": {"scaler": True, "optim": "adamw_torch", "gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
 }  # fmt: skip
+NAMES = [pytest.param(name, marks=pytest.mark.long if name == "max_steps" else ()) for name in SETTINGS]
 STEPS = {"plain": 33, "accumulating": 12, "workers": 12, "max_steps": 26, "scaler": 18}
 
 
-@pytest.fixture(scope="module")
-def zygote(request: pytest.FixtureRequest) -> Zygote:
-    return hf_zygote.shared(request.config)
+@pytest.mark.parametrize("name", NAMES)
+def test_uninterrupted(references: References, name: str) -> None:
+    outcome = references[name]
+    assert outcome["step"] == STEPS[name]
+    for start in range(0, len(outcome["samples"]), SAMPLES):
+        used = outcome["samples"][start : start + SAMPLES]
+        assert sorted(used) == list(range(SAMPLES)) or (name == "max_steps" and len(set(used)) == len(used) == 16)
 
 
-@pytest.fixture(scope="module")
-def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The same trainings, never interrupted; at another pace of saving, since it must not matter."""
-    folder = tmp_path_factory.mktemp("references")
-    return {
-        name: Ground(zygote, folder / name, str(folder / name / "run"), **settings, save_every="epoch").finish()
-        for name, settings in SETTINGS.items()
-    }
-
-
-def ground_for(zygote: Zygote, folder: Path, settings: dict[str, Any]) -> Ground:
-    return Ground(zygote, folder, str(folder / "run"), **settings)
-
-
-def saved_steps(ground: Ground) -> list[int]:
-    head = read_truth(open_store(ground.url)).head
-    return [] if head is None else [ref.step for ref in head.checkpoints]
-
-
-def fetched_by_the_last(ground: Ground) -> list[int]:
-    fetched: list[int] = json.loads((ground.folder / "fetched").read_text())
-    return fetched
-
-
-def test_uninterrupted(references: dict[str, dict[str, Any]]) -> None:
-    for name, outcome in references.items():
-        assert outcome["step"] == STEPS[name]
-        for start in range(0, len(outcome["samples"]), SAMPLES):
-            used = outcome["samples"][start : start + SAMPLES]
-            assert sorted(used) == list(range(SAMPLES)) or (name == "max_steps" and len(set(used)) == len(used) == 16)
-
-
-def test_the_scaler_skips_steps(references: dict[str, dict[str, Any]]) -> None:
+def test_the_scaler_skips_steps(references: References) -> None:
     """Otherwise the trainings that are killed with it show nothing."""
     rates = [entry["learning_rate"] for entry in references["scaler"]["history"] if "learning_rate" in entry]
     assert rates[0] < 2e-3, "the first two steps were skipped, so the schedule stood still"
     assert references["scaler"]["scaler"]["scale"] < 2.0**21
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "max_steps" else ()) for name in SETTINGS]
-)
-def test_random_kills(zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
-    rng = random.Random(name)
-    ground = ground_for(zygote, tmp_path, SETTINGS[name])
-    while ground.kills < KILLS and ground.kill_at_random(rng):
-        pass
-    assert ground.finish() == references[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_random_kills(zygote: Zygote, references: References, tmp_path: Path, name: str) -> None:
+    for outcome in killed_often(zygote, tmp_path, SETTINGS[name], KILLS, name):
+        assert outcome == references[name]
 
 
 PLACES = [
@@ -127,14 +95,9 @@ MORE_PLACES = [
 @pytest.mark.parametrize(
     ("name", "every", "place"), [*PLACES, *(pytest.param(*each, marks=pytest.mark.long) for each in MORE_PLACES)]
 )
-def test_killed_at(
-    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, every: str, place: str
-) -> None:
+def test_killed_at(zygote: Zygote, references: References, tmp_path: Path, name: str, every: str, place: str) -> None:
     ground = ground_for(zygote, tmp_path, SETTINGS[name])
-    attempt = ground.start(pause_in=place, save_every=every)
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGKILL)
-    attempt.wait()
+    assert stopped_at(ground, place, signal.SIGKILL, save_every=every) == -signal.SIGKILL
     assert ground.finish() == references[name]
 
 
@@ -142,15 +105,11 @@ def test_killed_at(
     ("name", "step"), [("plain", 16), ("accumulating", 6), pytest.param("workers", 7, marks=pytest.mark.long)]
 )
 def test_a_notice_is_answered_with_a_checkpoint(
-    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path, name: str, step: int
+    zygote: Zygote, references: References, tmp_path: Path, name: str, step: int
 ) -> None:
     """At the end of the step at hand, whatever the interval; and the rest reads what is left and nothing else."""
-    ground = ground_for(zygote, tmp_path, {**SETTINGS[name], "save_every": "1 h"})
-    attempt = ground.start(pause_in=f"stepping:{step}")
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGTERM)
-    ground.go_on()
-    assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
+    ground = ground_for(zygote, tmp_path, SETTINGS[name], save_every="1 h")
+    assert stopped_at(ground, f"stepping:{step}", signal.SIGTERM) == EXIT_PREEMPTED, ground.log.read_text()
     assert saved_steps(ground) == [step]
     assert ground.finish() == references[name]
     if name != "workers":  # those fetch elsewhere
@@ -162,20 +121,15 @@ def test_a_notice_is_answered_with_a_checkpoint(
         assert len(fetched_by_the_last(ground)) == len(left) + evaluations
 
 
-def test_a_notice_ends_an_evaluation_between_epochs(
-    zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_notice_ends_an_evaluation_between_epochs(zygote: Zygote, references: References, tmp_path: Path) -> None:
     """It is done again after the resume, so nobody waits for it."""
-    ground = ground_for(zygote, tmp_path, {**SETTINGS["plain"], "save_every": "1 h"})
-    attempt = ground.start(pause_in=f"evaluating:{PER_EPOCH}")
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGTERM)
-    assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
+    ground = ground_for(zygote, tmp_path, SETTINGS["plain"], save_every="1 h")
+    assert stopped_at(ground, f"evaluating:{PER_EPOCH}", signal.SIGTERM) == EXIT_PREEMPTED, ground.log.read_text()
     assert saved_steps(ground) == [PER_EPOCH]
     assert ground.finish() == references["plain"]
 
 
-def test_a_finished_run_trains_nothing(zygote: Zygote, references: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_finished_run_trains_nothing(zygote: Zygote, references: References, tmp_path: Path) -> None:
     ground = ground_for(zygote, tmp_path, SETTINGS["max_steps"])
     first = ground.finish()
     again = ground.finish()
@@ -197,10 +151,7 @@ def test_the_best_model_survives_the_machine(zygote: Zygote, tmp_path: Path, mac
     assert reference["best"][1] < reference["step"] - 4, "the best model is not simply one of the last"
     ground = ground_for(zygote, tmp_path / "killed", BEST)
     for step in (reference["best"][1] + 3, reference["step"]):
-        attempt = ground.start(pause_in=f"stepping:{step}")
-        attempt.wait_until(ground.place_reached)
-        attempt.signal(signal.SIGKILL)
-        attempt.wait()
+        stopped_at(ground, f"stepping:{step}", signal.SIGKILL)
         if machine == "another machine":
             shutil.rmtree(ground.folder / "output")
     assert ground.finish() == reference
@@ -218,34 +169,14 @@ def test_streams_of_datasets(zygote: Zygote, tmp_path: Path, data: str) -> None:
     assert (first != second) == (data == "shuffled-datasets"), "set_epoch() reaches the stream"
     ground = ground_for(zygote, tmp_path / "killed", {**settings, "save_every": "3 steps"})
     for step in (5, PER_EPOCH + 1, 2 * PER_EPOCH + 4):
-        attempt = ground.start(pause_in=f"stepping:{step}")
-        attempt.wait_until(ground.place_reached)
-        attempt.signal(signal.SIGKILL)
-        attempt.wait()
+        stopped_at(ground, f"stepping:{step}", signal.SIGKILL)
     assert ground.finish() == reference
     assert ("a buffer that its state does not hold" in ground.log.read_text()) == (data == "shuffled-datasets")
 
 
 @pytest.mark.parametrize("data", [pytest.param("stream", marks=pytest.mark.long), "stateful-stream"])
 def test_streams(zygote: Zygote, tmp_path: Path, data: str) -> None:
-    """Without a state, what was used is read and dropped, and a warning at the start says so; with one, nothing is."""
-    settings = {"data": data, "max_steps": 2 * PER_EPOCH + 5, "save_every": "1 h"}
-    reference = ground_for(zygote, tmp_path / "reference", settings).finish()
-    assert reference["samples"] == [*range(SAMPLES), *range(SAMPLES), *range(5 * BATCH)]
-    ground = ground_for(zygote, tmp_path / "noticed", settings)
-    for step in (6, PER_EPOCH + 4):
-        attempt = ground.start(pause_in=f"stepping:{step}")
-        attempt.wait_until(ground.place_reached)
-        attempt.signal(signal.SIGTERM)
-        ground.go_on()
-        assert attempt.wait() == EXIT_PREEMPTED, ground.log.read_text()
-    outcome = ground.finish()
-    again = 4 * BATCH if data == "stream" else 0
-    left = (SAMPLES - 4 * BATCH) + 5 * BATCH
-    assert len(fetched_by_the_last(ground)) == again + left
-    assert outcome["samples"] == reference["samples"]
-    assert ("reads and drops all batches" in ground.log.read_text()) == (data == "stream")
-    assert outcome == reference
+    check_stream(zygote, tmp_path, data, SAMPLES, BATCH)
 
 
 @pytest.mark.long
@@ -257,8 +188,5 @@ def test_batches_of_similar_length(zygote: Zygote, tmp_path: Path) -> None:
     }
     reference = ground_for(zygote, tmp_path / "reference", {**settings, "save_every": "epoch"}).finish()
     assert sorted(reference["samples"][:SAMPLES]) == list(range(SAMPLES))
-    ground = ground_for(zygote, tmp_path / "killed", settings)
-    rng = random.Random(2)
-    while ground.kills < 3 and ground.kill_at_random(rng):
-        pass
-    assert ground.finish() == reference
+    for outcome in killed_often(zygote, tmp_path / "killed", settings, 3, "lengths"):
+        assert outcome == reference

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,17 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import hf_victim
 import torch
+from adapter_grounds import ground_for, killed_often, stopped_at, struck_often
 from forking import Zygote
-from killing import Ground
+from jobs import Job
 from transformers import TrainerCallback
 
 from holdfast.core.errors import UsageError
 from holdfast.train.huggingface import Callback
 
-HERE = Path(__file__).parent
-sys.path.extend(str(folder) for folder in (HERE, HERE.parent / "ranks"))
-
-import hf_victim  # noqa: E402
-import hf_zygote  # noqa: E402
-from jobs import Job  # noqa: E402
-
+ZYGOTE = "hf_zygote.py"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft asks for it
@@ -44,20 +37,6 @@ BEST: dict[str, Any] = {
     **HEAD, "save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1,
     "metric_for_best_model": "loss", "greater_is_better": False,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def zygote(request: pytest.FixtureRequest) -> Zygote:
-    return hf_zygote.shared(request.config)
-
-
-@pytest.fixture
-def same_settings() -> Iterator[None]:
-    """Trainings in this process leave no switch behind that other tests would find."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def stored_bytes(url: Path) -> int:
@@ -81,22 +60,16 @@ class Sizes(TrainerCallback):
 
 @pytest.mark.parametrize("settings", [LORA, HEAD], ids=["lora", "head"])
 def test_random_kills(zygote: Zygote, tmp_path: Path, settings: dict[str, Any]) -> None:
-    reference = Ground(zygote, tmp_path / "reference", str(tmp_path / "reference/run"), **settings).finish()
-    rng = random.Random(settings["adapter"])
-    ground = Ground(zygote, tmp_path / "killed", str(tmp_path / "killed/run"), **settings)
-    while ground.kills < KILLS and ground.kill_at_random(rng):
-        pass
-    assert ground.finish() == reference
+    reference = ground_for(zygote, tmp_path / "reference", settings).finish()
+    for outcome in killed_often(zygote, tmp_path / "killed", settings, KILLS, settings["adapter"]):
+        assert outcome == reference
 
 
 def test_the_best_adapter_survives_the_machine(zygote: Zygote, tmp_path: Path) -> None:
-    reference = Ground(zygote, tmp_path / "reference", str(tmp_path / "reference/run"), **BEST).finish()
+    reference = ground_for(zygote, tmp_path / "reference", BEST).finish()
     assert reference["best"][1] < reference["step"]
-    ground = Ground(zygote, tmp_path / "killed", str(tmp_path / "killed/run"), **BEST, save_every="1 step")
-    attempt = ground.start(pause_in=f"stepping:{reference['step']}")
-    attempt.wait_until(ground.place_reached)
-    attempt.signal(signal.SIGKILL)
-    attempt.wait()
+    ground = ground_for(zygote, tmp_path / "killed", BEST, save_every="1 step")
+    stopped_at(ground, f"stepping:{reference['step']}", signal.SIGKILL)
     shutil.rmtree(ground.folder / "output")
     assert ground.finish() == reference
 
@@ -106,10 +79,8 @@ def test_the_best_adapter_survives_the_machine(zygote: Zygote, tmp_path: Path) -
 def test_on_two_ranks(zygote: Zygote, tmp_path: Path, frozen: str) -> None:
     settings = {**HEAD, "frozen": frozen}
     reference = Job(zygote, tmp_path / "reference", **settings).finish()
-    job = Job(zygote, tmp_path / "killed", **settings)
-    for seed in range(4):
-        job.strike_at_random(random.Random(seed), signal.SIGKILL)
-    assert job.finish() == reference
+    for outcome in struck_often(zygote, tmp_path / "killed", settings, 4, frozen):
+        assert outcome == reference
 
 
 @pytest.mark.usefixtures("same_settings")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import shutil
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from adapter_grounds import References, struck_often
 from forking import Zygote
+from jobs import Job
+from waiting import eventually
 
-HERE = Path(__file__).parent
-sys.path.extend(str(folder) for folder in (HERE, HERE.parent / "ranks"))
+from holdfast.core.contract import EXIT_PREEMPTED
 
-import hf_zygote  # noqa: E402
-from jobs import Job  # noqa: E402
-from waiting import eventually  # noqa: E402
-
-from holdfast.core.contract import EXIT_PREEMPTED  # noqa: E402
-
+ZYGOTE = "hf_zygote.py"
 LONG = os.environ.get("HOLDFAST_TEST_SCALE") == "long"
 KILLS = 25 if LONG else 2
 SAMPLES, BATCH, EPOCHS = 44, 4, 3
@@ -53,15 +49,9 @@ STEPS = {"plain": 18, "accumulating": 9, "workers": 9}
 
 
 @pytest.fixture(scope="module")
-def zygote(request: pytest.FixtureRequest) -> Zygote:
-    return hf_zygote.shared(request.config)
-
-
-@pytest.fixture(scope="module")
-def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> References:
     folder = tmp_path_factory.mktemp("references")
-    names = SETTINGS if LONG else ("plain", "accumulating")
-    return {name: Job(zygote, folder / name, **SETTINGS[name], save_every="epoch").finish() for name in names}
+    return References(lambda name: Job(zygote, folder / name, **SETTINGS[name], save_every="epoch").finish())
 
 
 def kill(job: Job, *ranks: int, step: int, **changes: Any) -> None:
@@ -72,37 +62,34 @@ def kill(job: Job, *ranks: int, step: int, **changes: Any) -> None:
     job.wait_or_end()
 
 
-def test_uninterrupted(references: dict[str, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_uninterrupted(references: References, name: str) -> None:
     """Every sample once an epoch; ranks that had nothing left took one of another's."""
-    for name, (first, second) in references.items():
-        assert first["step"] == second["step"] == STEPS[name]
-        assert first["model"] == second["model"]
-        assert first["rng"] != second["rng"]
-        assert first["history"][:-1] == second["history"][:-1]
-        # What has not been logged by the end is of this rank alone, as the Trainer has it.
-        assert (first["returned"] == second["returned"]) == (name != "accumulating")
-        count = 43 if SETTINGS[name].get("data") == "odd" else SAMPLES
-        used = Counter(first["samples"] + second["samples"])
-        assert sorted(used) == list(range(count))
-        assert sum(used.values()) == EPOCHS * (count + count % 2)
-        assert min(used.values()) == EPOCHS
+    first, second = references[name]
+    assert first["step"] == second["step"] == STEPS[name]
+    assert first["model"] == second["model"]
+    assert first["rng"] != second["rng"]
+    assert first["history"][:-1] == second["history"][:-1]
+    # What has not been logged by the end is of this rank alone, as the Trainer has it.
+    assert (first["returned"] == second["returned"]) == (name != "accumulating")
+    count = 43 if SETTINGS[name].get("data") == "odd" else SAMPLES
+    used = Counter(first["samples"] + second["samples"])
+    assert sorted(used) == list(range(count))
+    assert sum(used.values()) == EPOCHS * (count + count % 2)
+    assert min(used.values()) == EPOCHS
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_kills(zygote: Zygote, references: dict[str, list[dict[str, Any]]], tmp_path: Path, name: str) -> None:
+def test_random_kills(zygote: Zygote, references: References, tmp_path: Path, name: str) -> None:
     """Of either rank or both, at any moment."""
-    rng = random.Random(name)
-    job = Job(zygote, tmp_path, **SETTINGS[name])
-    for _ in range(KILLS):
-        if not job.strike_at_random(rng, signal.SIGKILL):
-            break
-    assert job.finish() == references[name]
+    for outcome in struck_often(zygote, tmp_path, SETTINGS[name], KILLS, name):
+        assert outcome == references[name]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 @pytest.mark.parametrize("name", [*NAMES[1:], pytest.param("plain", marks=pytest.mark.long)])
 def test_a_notice_to_one_rank_is_answered_by_all(
-    zygote: Zygote, references: dict[str, list[dict[str, Any]]], tmp_path: Path, name: str, rank: int
+    zygote: Zygote, references: References, tmp_path: Path, name: str, rank: int
 ) -> None:
     """They save together at one step, whatever the interval, and leave with exit code 75; nothing is read again."""
     job = Job(zygote, tmp_path, **{**SETTINGS[name], "save_every": "1 h"})
@@ -119,9 +106,7 @@ def test_a_notice_to_one_rank_is_answered_by_all(
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("place", ["own part", "told", "outcome", "leaving"])
-def test_killed_in_a_save(
-    zygote: Zygote, references: dict[str, list[dict[str, Any]]], tmp_path: Path, place: str, rank: int
-) -> None:
+def test_killed_in_a_save(zygote: Zygote, references: References, tmp_path: Path, place: str, rank: int) -> None:
     if (place == "told" and rank == 1) or (place == "outcome" and rank == 0):
         pytest.skip("not on this rank")
     job = Job(zygote, tmp_path, **SETTINGS["plain"])
@@ -140,9 +125,7 @@ def test_killed_in_a_save(
         assert outcome == references["plain"]
 
 
-def test_the_best_model_survives_the_machine(
-    zygote: Zygote, references: dict[str, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_the_best_model_survives_the_machine(zygote: Zygote, references: References, tmp_path: Path) -> None:
     """Rank 0 keeps it, in the files that the Trainer asks for."""
     job = Job(zygote, tmp_path, **SETTINGS["plain"])
     best = references["plain"][0]["best"][1]
@@ -189,7 +172,7 @@ def test_streams(zygote: Zygote, tmp_path: Path, data: str) -> None:
     assert job.durable_step() == 6
     assert job.finish() == reference
     left = [(15 - 6) * 2 * BATCH - 4 + SAMPLES * (data == "stream")] * 2
-    assert [int(Path(f"{job.url}.fetched-{rank}").read_text()) for rank in (0, 1)] == left
+    assert [len(json.loads((job.folder / f"fetched.{rank}").read_text())) for rank in (0, 1)] == left
     assert ("reads and drops all batches" in job.said()) == (data == "stream")
 
 

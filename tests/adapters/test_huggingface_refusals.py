@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import hf_victim
 from transformers import Trainer, TrainingArguments
 from transformers import trainer as library
 
@@ -17,20 +17,7 @@ from holdfast.core.errors import HoldfastWarning, UsageError
 from holdfast.train.huggingface import Callback
 from holdfast.train.huggingface.versions import check_parts, check_version
 
-sys.path.append(str(Path(__file__).parent))
-
-import hf_victim
-
-
-@pytest.fixture(autouse=True)
-def same_settings(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Trainings in this process leave no switch behind that other tests would find."""
-    import torch
-
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("same_settings")
 
 
 def trainer_in(folder: Path, **settings: Any) -> Trainer:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,21 @@ import pytest
 pytest.importorskip("lightning")
 
 import lightning.pytorch as pl
-import torch
+import pl_victim
 from torch.utils.data import DataLoader
 
 from holdfast.core.errors import HoldfastWarning, UsageError
 from holdfast.train.lightning import Callback as Holdfast
+from holdfast.train.lightning.refusals import refuse_trainer
 from holdfast.train.lightning.versions import check_parts, check_version
-
-sys.path.append(str(Path(__file__).parent))
-
-import pl_victim
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch", "ignore:::typing_extensions",
                                         "ignore:The `srun` command")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def same_settings(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Trainings in this process leave no switch behind that other tests would find."""
+def seeded(monkeypatch: pytest.MonkeyPatch, same_settings: None) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def fit(folder: Path, data: Any = None, ckpt_path: str | None = None, **settings: Any) -> tuple[pl.Trainer, Any]:
@@ -101,12 +93,36 @@ def test_what_does_not_go_together(tmp_path: Path, settings: dict[str, Any], wor
     assert not (tmp_path / "run").exists(), "nothing has been claimed"
 
 
+class TakesBatchesItself(pl_victim.Net):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        return None
+
+
+def test_a_step_that_takes_its_batches_itself(tmp_path: Path) -> None:
+    trainer = pl_victim.make_trainer(str(tmp_path / "run"), str(tmp_path / "output"), max_steps=2)
+    with pytest.raises(UsageError, match="takes batches by itself"):
+        trainer.fit(TakesBatchesItself(), datamodule=pl_victim.Data())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("ddp_fork", "cannot leave with an exit code"), ("ddp_spawn", "cannot leave with an exit code"),
+        (pl.strategies.DDPStrategy(ddp_comm_hook=print), "ddp_comm_hook=…"),
+        (pl.strategies.DDPStrategy(model_averaging_period=4), "model_averaging_period=…"),
+    ],
+)  # fmt: skip
+def test_kinds_of_ddp(strategy: Any, words: str) -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
+    trainer.strategy._lightning_module = pl_victim.make_model()
+    with pytest.raises(UsageError, match=words):
+        refuse_trainer(trainer)
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("FSDPStrategy", "not supported"), ("DeepSpeedStrategy", "not supported"), ("Odd", "not known")]
 )
 def test_strategies(name: str, words: str) -> None:
-    from holdfast.train.lightning.refusals import refuse_trainer
-
     trainer: Any = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy._lightning_module = pl_victim.make_model()
     trainer._accelerator_connector.strategy = type(name, (), {"_lightning_module": None, "lightning_module": None})()
@@ -121,7 +137,7 @@ class Several(pl_victim.Data):
 
 class OfItsOwn(pl_victim.Data):
     def train_dataloader(self) -> Any:
-        return pl_victim.StatefulStream()
+        return pl_victim.DATA["stateful-stream"]()
 
 
 def test_loaders_that_do_not_go(tmp_path: Path) -> None:
@@ -133,9 +149,81 @@ def test_loaders_that_do_not_go(tmp_path: Path) -> None:
         fit(tmp_path, OfItsOwn())
 
 
-def test_a_stream_s_price_is_told_at_the_start(tmp_path: Path) -> None:
-    said = warned(lambda: fit(tmp_path, pl_victim.Data("stream"), limit_train_batches=3))
-    assert any("reads and drops all batches of the epoch" in words for words in said)
+@pytest.mark.parametrize(
+    ("data", "workers", "words"),
+    [
+        ("stream", 0, "Stream is a stream without state_dict"),
+        ("stateful-stream", 1, "out of reach in its 1 workers"),
+        ("stateful-stream", 0, None),
+    ],
+)
+def test_a_stream_s_price_is_told_at_the_start(tmp_path: Path, data: str, workers: int, words: str | None) -> None:
+    said = warned(lambda: fit(tmp_path, pl_victim.Data(data, workers), max_steps=1, limit_train_batches=3))
+    told = [one for one in said if "reads and drops all batches of the epoch" in one]
+    assert len(told) == (words is not None)
+    assert all(str(words) in one for one in told)
+
+
+def test_evaluations_by_the_clock(tmp_path: Path) -> None:
+    """They come at other steps after a resume."""
+    if not hasattr(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), "_val_check_time_interval"):
+        pytest.skip("this Lightning counts batches only")
+    settings = {"val_check_interval": timedelta(hours=1), "check_val_every_n_epoch": None}
+    said = warned(lambda: fit(tmp_path, **settings))
+    assert ["val_check_interval is a time" in one for one in said] == [True]
+
+
+SLURM = {
+    "JOB_ID": "7",
+    "JOB_NAME": "train",
+    "NTASKS": "1",
+    "NTASKS_PER_NODE": "1",
+    "PROCID": "0",
+    "LOCALID": "0",
+    "NODEID": "0",
+}
+
+
+@pytest.mark.parametrize("finder", ["OnExceptionCheckpoint", "Slurm"])
+def test_a_checkpoint_that_lightning_finds_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finder: str
+) -> None:
+    """It is not what the run begins with, and that is said; a run that has a checkpoint of its own says nothing."""
+    output = tmp_path / "output"
+    plain = pl_victim.make_trainer(None, str(output), max_steps=1)
+    plain.fit(pl_victim.make_model(), datamodule=pl_victim.Data())
+    found = output / {"OnExceptionCheckpoint": "on_exception.ckpt", "Slurm": "hpc_ckpt_1.ckpt"}[finder]
+    plain.save_checkpoint(found)
+    settings: dict[str, Any] = {}
+    if finder == "OnExceptionCheckpoint":
+        settings = {"callbacks": [pl.callbacks.OnExceptionCheckpoint(str(output))], "enable_checkpointing": True}
+    else:
+        for name, value in SLURM.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+    said = warned(lambda: fit(tmp_path, **settings))
+    assert [f"Lightning has found {found}, and it is not used" in one for one in said] == [True]
+    assert warned(lambda: fit(tmp_path, **settings)) == []
+
+
+class OfAGroup(pl_victim.Net):
+    GROUP = object()
+
+    def loss(self, batch: Any) -> Any:
+        loss = super().loss(batch)
+        self.log("grouped", loss, on_step=False, on_epoch=True, sync_dist_group=self.GROUP)
+        return loss
+
+
+def test_averages_over_a_group_of_the_script_s_own(tmp_path: Path) -> None:
+    """No checkpoint can hold the group."""
+
+    def train(steps: int) -> None:
+        callback = Holdfast(tmp_path / "run", extend=True)
+        trainer = pl_victim.make_trainer(None, str(tmp_path / "output"), max_steps=steps, callbacks=[callback])
+        trainer.fit(OfAGroup(), datamodule=pl_victim.Data())
+
+    train(3)
+    assert ["the averages of grouped over this epoch begin anew" in one for one in warned(lambda: train(5))] == [True]
 
 
 def test_a_checkpoint_of_lightning_s_own_begins_no_run(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def _refuse_strategy(strategy: Any) -> None:
     if "MultiProcessing" in type(strategy.launcher).__name__:
         raise UsageError("strategy=\"ddp_spawn\", \"ddp_fork\" and \"ddp_notebook\" train in processes that cannot leave with an "
                          "exit code of their own. Use strategy=\"ddp\", or torchrun")  # fmt: skip
-    for attribute, what in (("_ddp_comm_hook", "ddp_comm_hook"), ("_model_averager", "model_averaging_period")):
+    for attribute, what in (("_ddp_comm_hook", "ddp_comm_hook"), ("_model_averaging_period", "model_averaging_period")):
         if getattr(strategy, attribute, None) is not None:
             raise UsageError(f"DDPStrategy({what}=…) keeps a state that cannot be saved, so a resume would not be exact. Leave "
                              f"it out, {_WITHOUT_HOLDFAST}")  # fmt: skip
