@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from holdfast.agent.mirror.claim import claim_mirror
 from holdfast.agent.mirror.folder import Names
 from holdfast.agent.mirror.opening import mend, open_folder
 from holdfast.agent.mirror.passes import Passes, Suspects
+from holdfast.checkpoint.near import NearFor
 from holdfast.checkpoint.retain import Keep
 from holdfast.core.events import CollectingSink
 from holdfast.core.ids import TokenSource, random_token
@@ -49,6 +50,7 @@ class Machine:
         fresh: bool = False,
         keep: int = 3,
         tokens: TokenSource = random_token,
+        near: Sequence[NearFor] = (),
     ) -> None:
         self.folder, self.clock, self.sink, self.lines = folder, FakeClock(), CollectingSink(), list[str]()
         self.tokens = tokens
@@ -61,7 +63,7 @@ class Machine:
         self.fell_back: list[str] = []
         self.restored = open_folder(
             self.passes, store, self.lineage.head, lambda url: store, fresh=fresh, reading=self.reading, tokens=tokens,
-            say=self.lines.append, fell_back=lambda fallback: self.fell_back.append(fallback.reason),
+            say=self.lines.append, fell_back=lambda fallback: self.fell_back.append(fallback.reason), near=near,
         )  # fmt: skip
 
     def settle(self, write: Callable[[], object] = lambda: None) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import re
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -44,7 +45,7 @@ def new_store() -> MemoryStore:
 
 def kept(store: Store) -> bytes:
     out = io.BytesIO()
-    write_segments(store, segments(store, None), out, None)
+    write_segments(store, segments(store, None), out, {})
     return out.getvalue()
 
 
@@ -191,6 +192,28 @@ class Stop(Exception):
     pass
 
 
+def test_following_a_machine_that_leaves_while_the_next_is_made_ready_shows_both() -> None:
+    """The set-up of the coming attempt is there before the last lines of this one."""
+    store, out = new_store(), io.BytesIO()
+    leaving, coming = LogSegment(1, "1795260651-ab12-0001", 0), LogSegment(2, "1795269999-cd34-0000", 0)
+
+    class Story(SystemClock):
+        polls = 0
+
+        def sleep(self, seconds: float) -> None:
+            self.polls += 1
+            script = {1: (leaving, b"a"), 2: (coming, b"b"), 8: (replace(leaving, number=1), b"c")}
+            script |= {9: (replace(coming, number=1), b"d"), 11: (replace(leaving, number=2), b"e")}
+            if self.polls in script:
+                store.put(script[self.polls][0].key, script[self.polls][1])
+            if self.polls == 30:
+                raise Stop
+
+    with pytest.raises(Stop):
+        follow(store, None, out, {}, Story())
+    assert out.getvalue() == b"abcde"
+
+
 def test_following_shows_new_segments_new_attempts_and_nothing_twice() -> None:
     store = new_store()
     out = io.BytesIO()
@@ -217,10 +240,10 @@ def test_following_shows_new_segments_new_attempts_and_nothing_twice() -> None:
                 raise Stop
 
     with pytest.raises(Stop):
-        follow(store, None, out, None, Story())
+        follow(store, None, out, {}, Story())
     assert out.getvalue() == b"abcde"
     only_second = io.BytesIO()
-    write_segments(store, segments(store, 2), only_second, None)
+    write_segments(store, segments(store, 2), only_second, {})
     assert only_second.getvalue() == b"de"
 
 

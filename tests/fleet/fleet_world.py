@@ -26,7 +26,7 @@ from holdfast.store.base import Body, Entry
 from holdfast.store.memory import MemoryStore
 from holdfast.testing.clock import ManualClock
 
-__all__ = ["SPOT_MICROUSD_H", "World", "always", "never"]
+__all__ = ["SPOT_MICROUSD_H", "FusedStore", "World", "always", "never"]
 
 SPOT_MICROUSD_H, DEMAND_MICROUSD_H = 1_000_000, 3_000_000
 STEP_S = 10
@@ -59,6 +59,9 @@ class FusedStore(MemoryStore):
         result: bytes = self._fuse.around(lambda: MemoryStore.get(self, key, max_bytes=max_bytes))
         return result
 
+    def delete(self, key: str) -> None:
+        self._fuse.around(lambda: MemoryStore.delete(self, key))
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         entries: list[Entry] = self._fuse.around(lambda: list(MemoryStore.list(self, prefix)))
         return iter(entries)
@@ -81,6 +84,7 @@ class World:
     work_s: int = 1800
     cloud_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    run_id: str = "run"
 
     def __post_init__(self) -> None:
         self.store, self.clock = MemoryStore(), ManualClock()
@@ -91,6 +95,7 @@ class World:
             DEMAND_MICROUSD_H,
             work_s=self.work_s,
             seed=self.seed,
+            run_id=self.run_id,
             **self.cloud_options,
         )
         self.cloud.advance(0)
@@ -103,10 +108,10 @@ class World:
         known_work = self.work_s if self.deadline_s is not None else None
         deadline_s = None if self.deadline_s is None else self.born_s + self.deadline_s
         return Terms(
-            run_id="run", url="memory://run", fleet="fleet", name="test", provider="imagined", guarantees=self.cloud.guarantees,
-            wanted=Wanted(), spec=MachineSpec(), rules=self.rules, started_unix_s=self.born_s, work_s=known_work,
-            deadline_unix_s=deadline_s, policy=self.policy, changeover_s=BOOT_S + 60, final_s=16, claim_limit_s=400,
-            budget=BudgetLimits(cap_microusd=self.budget_microusd, slice_s=900, max_nodes=2),
+            run_id=self.run_id, url="memory://run", fleet="fleet", name="test", provider="imagined",
+            guarantees=self.cloud.guarantees, wanted=Wanted(), spec=MachineSpec(), rules=self.rules, started_unix_s=self.born_s,
+            work_s=known_work, deadline_unix_s=deadline_s, policy=self.policy, changeover_s=BOOT_S + 60, final_s=16,
+            claim_limit_s=400, budget=BudgetLimits(cap_microusd=self.budget_microusd, slice_s=900, max_nodes=2),
             retry=RetryLimits(after_failure=Backoff(10, 60), after_preemption=Backoff(10, 60), in_a_storm=Backoff(10, 60)),
         )  # fmt: skip
 

@@ -87,6 +87,9 @@ class ImaginedCloud:
     advice: bool = False
     fuse: Fuse = field(default_factory=Fuse)
     name: str = "imagined"
+    run_id: str = "run"
+    bell: Callable[[int, int], None] = lambda launch, part: None
+    """Launch and number of each word that a machine has written."""
     machines_: list[ImaginedMachine] = field(default_factory=list)
     history: list[tuple[int, list[Machine]]] = field(default_factory=list)
     lifetimes: dict[str, int] = field(default_factory=dict)
@@ -161,7 +164,7 @@ class ImaginedCloud:
         gone = machine.gone_s is not None
         state = "gone" if gone else "ending" if machine.ending_at_s is not None else "running"
         return Machine(
-            id=machine.id, pool=machine.pool, state=state, fleet="fleet", run_id="run", launch=machine.launch,  # type: ignore[arg-type]
+            id=machine.id, pool=machine.pool, state=state, fleet="fleet", run_id=self.run_id, launch=machine.launch,  # type: ignore[arg-type]
             token=machine.token, microusd_h=self.pools[machine.pool].microusd_h(self.now_s),
             created_unix_s=float(machine.created_s), gone_unix_s=None if machine.gone_s is None else float(machine.gone_s),
             ended_by=machine.ended_by if gone else None,  # type: ignore[arg-type]

@@ -247,4 +247,5 @@ class ImaginedMachine:
             at_unix_s=float(self.cloud.now_s), **more,
         )  # fmt: skip
         assert self.cloud.store.put_new(word_key(self.launch, self.words), seal(word))
+        self.cloud.bell(self.launch, self.words)
         self.words += 1

@@ -89,7 +89,7 @@ def note_reads(notes: Path) -> None:
 
     def read_into(self: LocalStore, key: str, offset: int, buffer: memoryview) -> None:
         with notes.open("a") as file:
-            file.write(f"{key} {len(buffer)}\n")
+            file.write(f"{key} {len(buffer)} {self.root}\n")
         whole(self, key, offset, buffer)
 
     LocalStore.read_into = read_into  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ def train(
 ) -> None:
     """`place`, `at`: this rank dies there, the `at`-th time. `result`: where what came out is written, with the rank at its end.
     `control`: the folder of the agent that watches over this rank. Data is not written while there is a file `<url>.block`.
-    `far`: as though the store lay behind a network; the keys that are read are noted in `<url>.reads-<rank>`.
+    `far`: as though the store lay behind a network; what is read, and of which folder, is noted in `<url>.reads-<rank>`.
     `blind`: this rank may not read the base."""
     if blind:
         bases.open_checkpoint = refused

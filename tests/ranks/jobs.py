@@ -34,6 +34,8 @@ class Job:
         self.zygote, self.folder, self.train = zygote, folder, train
         self.url, self.log = folder / "run", folder / "log"
         self.pids: list[int] = []
+        self.environ: dict[str, str] = {}
+        """Of every rank, beside its own variables."""
 
     def start(
         self,
@@ -51,7 +53,7 @@ class Job:
             train |= (for_rank or {}).get(rank, {})
             environ = {
                 "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "LOCAL_RANK": str(rank % (per_machine or size)), "LOCAL_WORLD_SIZE": str(per_machine or size),
+                "LOCAL_RANK": str(rank % (per_machine or size)), "LOCAL_WORLD_SIZE": str(per_machine or size), **self.environ,
             }  # fmt: skip
             self.pids.append(self.zygote.start(train, environ, f"{self.log}.{rank}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from jobs import Job
 
 from holdfast.checkpoint.machine_cache import WantedHere, share_fetching
+from holdfast.core.contract import ENV_STAGED
 
 WANTED = st.lists(
     st.builds(
@@ -60,3 +62,21 @@ def test_a_restore_on_one_machine(zygote: Zygote, tmp_path: Path, kind: str) -> 
     # The place in the loop is read by each rank for itself, and lies in its own objects.
     assert not first & second, "an object was fetched by both ranks"
     assert not list(Path("/dev/shm").glob("holdfast-restore-*")), "memory was not given back"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_a_standby_has_fetched_ahead_is_read_by_each_rank_and_by_none_from_the_store(
+    zygote: Zygote, tmp_path: Path, kind: str
+) -> None:
+    job, staged = Job(zygote, tmp_path / "a", kind=kind), tmp_path / "staged"
+    job.start(2, pace_s=0.02)
+    job.until_step(4)
+    job.signal(0, signal.SIGTERM)
+    job.wait()
+    shutil.copytree(job.url / "data", staged / "data")
+    other = Job(zygote, tmp_path / "b", kind=kind)
+    shutil.copytree(job.url, other.url)
+    job.environ[ENV_STAGED] = str(staged)
+    assert job.finish(2, far=True, per_machine=2) == other.finish(2)
+    lines = [line.split() for path in job.folder.glob("run.reads-*") for line in path.read_text().splitlines()]
+    assert {root for key, _, root in lines if key.startswith("data/")} == {str(staged)}

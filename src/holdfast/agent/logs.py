@@ -3,7 +3,8 @@
     keep(bytes) → current segment → closed segments (bounded) → store
                   closed by size, by age, by flush()
 
-    logs/<attempt>/<series>-<n>.log     segment n of one start of the command; a series is named by time, a token and the start
+    logs/<attempt>/<series>-<n>.log     segment n of one start of the command; a series is named by time, a token and the start;
+                                        start 0 is what came before: a machine's set-up
 
 The stream is kept as a terminal would have shown it, both outputs together (two pipes have no exact common order; what is written
 within one look of the reader may change places). Lines are never parsed: nothing is looked for and nothing is added, except a note
@@ -51,6 +52,10 @@ class LogSegment:
     attempt: int
     series: str
     number: int
+
+    @property
+    def start(self) -> int:
+        return int(self.series.rpartition("-")[2])
 
     @property
     def key(self) -> str:

@@ -69,7 +69,7 @@ class AgentRecord:
         """As of the start that runs now; None while the store has not said."""
 
     def begin(self, start: int) -> None:
-        """The command is about to be started for the `start`-th time by this agent."""
+        """The command is about to be started for the `start`-th time by this agent; 0: it is made ready for."""
         with self._lock:
             ledger, self._ledger = self._ledger, None
             self._start, self.head, self._known = start, None, threading.Event()
@@ -145,7 +145,7 @@ class AgentRecord:
             return
         ledger = Ledger(self._store, attempt=head.attempt, node=f"agent-{self._token}-{start}", clock=self._clock)
         if self._logs is not None:
-            for number in range(1, start + 1):
+            for number in range(start + 1):
                 self._logs.label(number, head.attempt)
         with self._lock:
             if start != self._start or self._closing.is_set():
@@ -166,6 +166,7 @@ def _coming(store: Store, claimed: Callable[[], int]) -> RunHead:
     if head is not None:
         steps = [ref.step for ref in head.checkpoints if ref.generation == head.generation]
         return RunHead(claimed() or head.attempt + 1, max(steps, default=None), head.finished)
-    # A command that makes no heads: count by what earlier agents have kept.
+    # A command that makes no heads: count by what earlier agents have kept of its output.
     segments = (parse_log_key(entry.key) for entry in store.list(PREFIX))
-    return RunHead(max((segment.attempt for segment in segments if segment), default=0) + 1, None, False)
+    attempts = (segment.attempt for segment in segments if segment is not None and segment.start)
+    return RunHead(max(attempts, default=0) + 1, None, False)

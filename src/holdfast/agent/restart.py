@@ -24,6 +24,7 @@ from holdfast.core.clock import Clock
 from holdfast.core.contract import (
     ENV_CONTROL,
     ENV_RUN,
+    ENV_STAGED,
     ProgressPage,
 )
 from holdfast.core.errors import UsageError
@@ -85,7 +86,7 @@ def run_command(
                     sink=sink, say=say, outside=outside,
                 )  # fmt: skip
                 if options.mirror is not None and url is not None and open_store is not None:
-                    mirror = _mirror(options.mirror, url, open_store, clock, sink, say)
+                    mirror = _mirror(options.mirror, url, open_store, clock, sink, say, base.get(ENV_STAGED))
                     rounds.notices.needs_s = mirror.expected_last_s
                 supervisor = Supervisor(inbox, clock, options.grace_s, options.leftover_grace_s)
                 agent = Attempts(
@@ -113,12 +114,14 @@ def _mirror(
     clock: Clock,
     sink: Sink,
     say: Callable[[str], None],
+    staged: str | None,
 ) -> Mirror:
     return Mirror(
         options, normalise_url(url), open_store=open_store, clock=clock, tokens=random_token, sink=sink,
         say=lambda text: say(f"holdfast: {text}"),
         # The main thread, which may be waiting for the command, learns of it as of every other reason to stop.
         stop=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        staged=staged,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from holdfast.cli.checkpoint_tables import print_json
-from holdfast.cli.terminal import Json, Url, opened_stores
+from holdfast.cli.terminal import DryRun, Json, Url, opened_stores
 from holdfast.core.config import format_bytes
 
 __all__ = ["promote_command"]
@@ -17,7 +17,7 @@ __all__ = ["promote_command"]
 def promote_command(
     url: Url,
     local: Annotated[Path, typer.Option("--local", metavar="DIR", help="The folder that the run was given as local=.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Commit the newest checkpoint that a trainer with `local=DIR` left on this machine's disk when it died.

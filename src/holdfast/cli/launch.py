@@ -1,4 +1,7 @@
-"""`holdfast launch JOB.YAML` and `holdfast controller URL`: put a run on the cheapest capacity that will do, and keep it alive."""
+"""`holdfast launch JOB.YAML` and `holdfast controller URL`: put a run on the cheapest capacity that will do, and keep it alive.
+
+With `--home` a run belongs to a fleet, and one controller looks after all of them: see `cli.fleet`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.cli.fleet import HomeUrl, IndexFile
 from holdfast.cli.terminal import DryRun, Json, Yes, opened_stores
 from holdfast.core.errors import UsageError
 
@@ -49,6 +53,12 @@ def launch(
     fleet: Annotated[
         str, typer.Option("--fleet", metavar="NAME", help="Tagged on everything that is launched.")
     ] = "default",
+    home: Annotated[
+        str | None,
+        typer.Option(
+            "--home", metavar="URL", help="Into this fleet: one `holdfast controller --home URL` looks after all of it."
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Leave the controller running in the background.")
     ] = False,
@@ -68,29 +78,35 @@ def launch(
       holdfast launch job.yaml --dry-run
       holdfast launch job.yaml -y -d
       holdfast launch job.yaml --run s3://bucket/runs/gpt-7 --env SEED=7
+      holdfast launch job.yaml -y --home s3://bucket/fleet
 
     \b
     Exit codes: 0 the run is done; 130 it was cancelled; 78 the budget is used up; 69 no capacity that will do; else the job's own.
     JSON keys of --dry-run: run, provider, offers[pool, usd_h, on_demand_usd_h], launch[pools, reasons], reasons,
       checks[name, ok, said, fix].
     """
+    from holdfast.cli.fleet import enrol
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
     from holdfast.core.jobfile import read_job
+    from holdfast.fleet.home import home_for
     from holdfast.fleet.mandate import Mandate, commission, provider_of, wanted_of
+    from holdfast.fleet.mounts import check_mounts
     from holdfast.fleet.starting import first_choice
     from holdfast.provider.registry import instances_named
 
     read = _with_envs(read_job(job), env or [])
     text = job.read_text(encoding="utf-8")
-    home = url or (read.checkpoint.url if read.checkpoint is not None and read.checkpoint != "none" else None)
-    if home is None:
+    run_url = url or (read.checkpoint.url if read.checkpoint is not None and read.checkpoint != "none" else None)
+    if run_url is None:
         raise UsageError(
             "where does the run live? Give --run URL, or `checkpoint: {url: s3://bucket/runs/name}` in the job file"
         )
-    provider = instances_named(provider_of(read), cloud, wanted_of(read).regions, run_url=home)
+    check_mounts(read, provider_of(read))
+    provider = instances_named(provider_of(read), cloud, wanted_of(read).regions, run_url=run_url)
+    fleet_home = "" if home is None else home_for(home, run_url)
     with opened_stores() as open_home:
-        store = open_home(home)
+        store = open_home(run_url)
         trial = Mandate(
             format=1, nonce="", run_id="", fleet=fleet, provider=provider.name, place=cloud, job_text=text,
             started_unix_s=int(provider.clock.unix_s()),
@@ -114,22 +130,47 @@ def launch(
             base=job.resolve().parent,
             clock=SystemClock(),
             tokens=random_token,
+            home=fleet_home,
         )
+        if fleet_home and (enrol(fleet_home, mandate, store.url, read.name or "job") or detach):
+            return
         if detach:
             _detach(store.url, slice_)
             return
         _leave(_control(mandate, store, provider, slice_))
 
 
-def controller(url: Annotated[str, typer.Argument(metavar="URL", help="The run.")], slice_: Slice = "1 h") -> None:
-    """Go on with a run that was launched: watch it, launch it again when it is preempted, end what must end.
+def controller(
+    url: Annotated[str | None, typer.Argument(metavar="URL", help="The run.")] = None,
+    home: HomeUrl = None,
+    slice_: Slice = "1 h",
+    index: IndexFile = None,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=1, max=256, help="With --home: so many runs are worked on at once.")
+    ] = 16,
+    until_empty: Annotated[
+        bool, typer.Option("--until-empty", help="With --home: leave when no run of the fleet is left.")
+    ] = False,
+) -> None:
+    """Go on with a run that was launched, or with all runs of a fleet: watch, launch again what is preempted, end what must end.
 
-    All that is needed lies under the run's URL. Two controllers of one run do no harm.
+    All that is needed lies under the run's URL, and under the fleet's home. Two controllers of one run or fleet do no harm.
 
     \b
     Examples:
       holdfast controller s3://bucket/runs/gpt
+      holdfast controller --home s3://bucket/fleet
+
+    \b
+    Exit codes: of a run as `launch`; of a fleet 0 with --until-empty when no run is left, 130 when it was stopped.
     """
+    from holdfast.cli.fleet import control_fleet, one_of
+
+    one_of(url, home)
+    if home is not None:
+        control_fleet(home, slice_, index, threads, until_empty=until_empty)
+        return
+    assert url is not None
     from holdfast.core.jobfile import parse_job
     from holdfast.fleet.mandate import read_mandate, wanted_of
     from holdfast.provider.registry import instances_named
@@ -143,9 +184,11 @@ def controller(url: Annotated[str, typer.Argument(metavar="URL", help="The run."
 
 
 def _control(mandate: Mandate, store: Store, provider: Instances, slice_: str) -> Over | None:
+    from holdfast.cli.fleet import sign_off
     from holdfast.core.clock import SystemClock
     from holdfast.core.config import parse_duration_s
     from holdfast.core.ids import random_token
+    from holdfast.fleet.overview import overview_of
     from holdfast.fleet.shell import Pace
     from holdfast.fleet.starting import controller_of
     from holdfast.ledger.append import Ledger
@@ -163,6 +206,8 @@ def _control(mandate: Mandate, store: Store, provider: Instances, slice_: str) -
             say=lambda line: typer.echo(line, err=True), pace=Pace(), slice_s=int(parse_duration_s(slice_)),
         )  # fmt: skip
         over = made.run(lambda: bool(stopped))
+        if over is not None and mandate.home:
+            sign_off(mandate, store.url, over, overview_of(made.view, int(provider.clock.unix_s())))
     finally:
         ledger.close()
         for number, handler in before.items():

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from holdfast.core.clock import Clock
     from holdfast.store.base import Store
 
-__all__ = ["follow", "logs", "segments", "write_segments"]
+__all__ = ["Shown", "follow", "logs", "segments", "write_segments"]
+
+Shown = dict[tuple[int, str], int]
+"""By attempt and series: the newest segment that has been printed. Several series may grow at once: a machine that leaves, and one
+that is made ready."""
 
 _MAX_SEGMENT_BYTES = 256 << 20
 _POLL_S = 2.0
 _LIST_EVERY = 5
 """Polls of the newest series between two listings, which find a new attempt and cost more."""
+_POLLED = 3
+"""Of the newest series."""
 
 
 def logs(
@@ -47,10 +53,11 @@ def logs(
     with opened_stores() as open_home:
         store = open_home(url)
         try:
-            last = write_segments(store, segments(store, attempt), sys.stdout.buffer, after=None)
+            shown: Shown = {}
+            write_segments(store, segments(store, attempt), sys.stdout.buffer, shown)
             if follow_on:
-                follow(store, attempt, sys.stdout.buffer, last, SystemClock())
-            elif last is None:
+                follow(store, attempt, sys.stdout.buffer, shown, SystemClock())
+            elif not shown:
                 which = "" if attempt is None else f" of attempt {attempt}"
                 raise NotFound(f"{store.url}: no output{which} is kept there; `holdfast run --run URL -- CMD` keeps it")
         except KeyboardInterrupt:
@@ -69,31 +76,33 @@ def segments(store: Store, attempt: int | None) -> list[LogSegment]:
     return sorted(segment for segment in found if segment is not None)
 
 
-def write_segments(store: Store, found: list[LogSegment], out: BinaryIO, after: LogSegment | None) -> LogSegment | None:
-    """Copy what comes behind `after`; returns the last that was copied, or `after`."""
+def write_segments(store: Store, found: list[LogSegment], out: BinaryIO, shown: Shown) -> bool:
+    """Copy what has not been shown yet; whether there was anything."""
     from holdfast.core.errors import NotFound
 
+    any_new = False
     for segment in found:
-        if after is not None and segment <= after:
+        series = segment.attempt, segment.series
+        if segment.number <= shown.get(series, -1):
             continue
         try:
             out.write(store.get(segment.key, max_bytes=_MAX_SEGMENT_BYTES))
         except NotFound:
             # Removed since it was listed.
             continue
-        after = segment
+        shown[series], any_new = segment.number, True
     out.flush()
-    return after
+    return any_new
 
 
-def follow(store: Store, attempt: int | None, out: BinaryIO, last: LogSegment | None, clock: Clock) -> None:
+def follow(store: Store, attempt: int | None, out: BinaryIO, shown: Shown, clock: Clock) -> None:
     """Until somebody interrupts it."""
     for listing_is_due in _turns():
         clock.sleep(_POLL_S)
-        if last is None or listing_is_due:
-            last = write_segments(store, segments(store, attempt), out, last)
+        if not shown or listing_is_due:
+            write_segments(store, segments(store, attempt), out, shown)
         else:
-            last = _next_ones(store, out, last)
+            _next_ones(store, out, shown)
 
 
 def _turns() -> Iterator[bool]:
@@ -102,12 +111,10 @@ def _turns() -> Iterator[bool]:
             yield turn == _LIST_EVERY - 1
 
 
-def _next_ones(store: Store, out: BinaryIO, last: LogSegment) -> LogSegment:
+def _next_ones(store: Store, out: BinaryIO, shown: Shown) -> None:
     """A series has no holes, so its next segment can be asked for by name."""
-    from dataclasses import replace
+    from holdfast.agent.logs import LogSegment
 
-    while True:
-        coming = replace(last, number=last.number + 1)
-        if write_segments(store, [coming], out, last) == last:
-            return last
-        last = coming
+    for attempt, series in sorted(shown)[-_POLLED:]:
+        while write_segments(store, [LogSegment(attempt, series, shown[attempt, series] + 1)], out, shown):
+            pass

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from holdfast.cli.fleet import HomeUrl, IndexFile
 from holdfast.cli.terminal import Json, Url, Yes, ask_first, opened_stores
+from holdfast.core.errors import UsageError
 
 if TYPE_CHECKING:
     from holdfast.fleet.overview import Overview
@@ -17,37 +19,66 @@ __all__ = ["cancel", "cost", "down", "status"]
 _WATCH_S = 5.0
 
 
+RunUrl = Annotated[
+    str | None, typer.Argument(metavar="URL", help="The run: s3://bucket/runs/gpt, gs://…, az://…, ./runs/gpt")
+]
+
+
 def status(
-    url: Url,
+    url: RunUrl = None,
+    home: HomeUrl = None,
     watch: Annotated[
         bool, typer.Option("-w", "--watch", help="Again every few seconds, until nothing runs or Ctrl-C.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Why each launch was made, and what a controller would do now.")
+    ] = False,
     json: Json = False,
+    index: IndexFile = None,
 ) -> None:
-    """Show what was launched for a run, where it stands and why, what it has cost and may still cost.
+    """Show what was launched for a run, where it stands and why, what it has cost and may still cost; with --home, all runs of a
+    fleet, and whether somebody looks after it.
 
     \b
     Examples:
       holdfast status s3://bucket/runs/gpt
       holdfast status s3://bucket/runs/gpt --watch
+      holdfast status s3://bucket/runs/gpt --explain
+      holdfast status --home s3://bucket/fleet --watch
 
     \b
     JSON keys: launches[launch, phase, pool, machine, predecessor, asked_unix_s, ended_unix_s, why, step, kept_step, kept_work_s,
       billed_s, cost_microusd, microusd_h, on_demand_microusd_h, grant_left_s, reasons], cancelled, spent_microusd,
-      reserved_microusd, on_demand_microusd, by_market, altered.
+      reserved_microusd, on_demand_microusd, by_market, altered; with --explain, explained[launched[launch, reasons], known,
+      would[do, reasons], because, wait_s, problem].
+    With --home: runs[run_id, name, url, phase, step, kept_step, launches, spent_microusd, reserved_microusd, on_demand_microusd,
+      by_market, cancelled, why, problem], over[run_id, url, name, outcome, exit_code, reasons, launches, billed_s, cost_microusd,
+      on_demand_microusd, at_unix_s], controllers[host, pid, runs, heard_s], spent_microusd, reserved_microusd.
     """
     from holdfast.cli.checkpoint_tables import print_json
+    from holdfast.cli.explain_run import explained, plain_explanation, print_explanation
+    from holdfast.cli.fleet import one_of, show_fleet
     from holdfast.core.clock import SystemClock
 
+    one_of(url, home)
+    if home is not None:
+        if explain:
+            raise UsageError("--explain is of one run: holdfast status URL --explain")
+        show_fleet(home, index, watch=watch, json=json)
+        return
+    assert url is not None
     clock = SystemClock()
     with opened_stores() as open_home:
         store = open_home(url)
         while True:
             overview = _overview(store)
+            why = explained(store) if explain else None
             if json:
-                print_json(_plain(overview))
+                print_json(_plain(overview) | ({} if why is None else {"explained": plain_explanation(why)}))
             else:
                 _print(store.url, overview)
+                if why is not None:
+                    print_explanation(why)
             if not watch or not overview.is_live:
                 return
             try:
@@ -58,17 +89,25 @@ def status(
                 typer.echo("")
 
 
-def cost(url: Url, json: Json = False) -> None:
-    """Show what the machines of a run have cost, by market, and what the same hours would have cost on demand.
+def cost(url: RunUrl = None, home: HomeUrl = None, json: Json = False, index: IndexFile = None) -> None:
+    """Show what the machines of a run have cost, by market, and what the same hours would have cost on demand; with --home, run by
+    run.
 
     Rework is in it on both sides: what the run would have cost on demand without preemptions, `holdfast report` says.
 
     \b
     Examples:
       holdfast cost s3://bucket/runs/gpt
+      holdfast cost --home s3://bucket/fleet
     """
     from holdfast.cli.checkpoint_tables import print_json, print_table
+    from holdfast.cli.fleet import cost_of_fleet, one_of
 
+    one_of(url, home)
+    if home is not None:
+        cost_of_fleet(home, index, json=json)
+        return
+    assert url is not None
     with opened_stores() as open_home:
         store = open_home(url)
         overview = _overview(store)
@@ -112,6 +151,7 @@ def down(url: Url, yes: Yes = False) -> None:
 
 
 def _cancel(url: str, *, now: bool) -> None:
+    from holdfast.cli.fleet import ring_cancelled
     from holdfast.core.clock import SystemClock
     from holdfast.core.ids import random_token
     from holdfast.core.launches import CANCEL_KEY, Cancel
@@ -122,7 +162,7 @@ def _cancel(url: str, *, now: bool) -> None:
     clock = SystemClock()
     with opened_stores() as open_home:
         store = open_home(url)
-        read_mandate(store)
+        mandate = read_mandate(store)
         record = Cancel(
             format=FORMAT_VERSION,
             nonce=random_token(),
@@ -135,7 +175,10 @@ def _cancel(url: str, *, now: bool) -> None:
             typer.echo(
                 "It had been cancelled before: its machines save first. The provider's own console ends them at once."
             )
-        typer.echo(f"Cancelled. Its controller ends what runs; if none lives: holdfast controller {store.url}")
+        if mandate.home:
+            ring_cancelled(mandate.home, mandate.run_id)
+        whose = f"--home {mandate.home}" if mandate.home else store.url
+        typer.echo(f"Cancelled. Its controller ends what runs; if none lives: holdfast controller {whose}")
 
 
 def _overview(store: Store) -> Overview:

@@ -19,7 +19,7 @@ __all__ = ["STEP_HELP", "DryRun", "Json", "Url", "Yes", "ask_first", "opened_sto
 Url = Annotated[str, typer.Argument(metavar="URL", help="The run: s3://bucket/runs/gpt, gs://…, az://…, ./runs/gpt")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and change nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "--dryrun", help="Say what would happen, and change nothing.")]
 STEP_HELP = 'A step, "latest", or the name of a checkpoint.'
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "ENV_PRICE",
     "ENV_PRICE_ON_DEMAND",
     "ENV_RUN",
+    "ENV_STAGED",
     "EXIT_DONE",
     "EXIT_FENCED",
     "EXIT_INFRASTRUCTURE",
@@ -67,6 +68,10 @@ ENV_FRESH = "HOLDFAST_FRESH"
 ENV_PREVIOUS_STEP = "HOLDFAST_PREVIOUS_STEP"
 """Set by the agent once an attempt has claimed the run: the last step that the newest such attempt is known to have completed
 (-1 if none), read from its progress page after it ended. So a start with this variable is never fresh."""
+
+ENV_STAGED = "HOLDFAST_STAGED"
+"""A folder on this machine's disk with copies of the run's objects, under their names, which a standby has fetched ahead. What
+is read there is verified; what is missing or altered comes from the run's URL."""
 
 ENV_PRICE = "HOLDFAST_PRICE_PER_HOUR"
 """What this machine costs, in dollars per hour, where the launcher knows it."""

@@ -13,6 +13,8 @@ import re
 
 import msgspec
 
+from holdfast.core.mounts import Mount, check_apart
+
 __all__ = [
     "JOB_KEY",
     "MOST_ARCHIVE_BYTES",
@@ -84,17 +86,23 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     setup: str = ""
     """Shell text, run once on each machine, in the working folder, before the first start."""
     setup_limit_s: int = 3600
+    setup_cache: bool = False
+    """Whether what it makes may be kept under the run's URL, and put in place on the next machines instead of running it."""
     envs: dict[str, str] = {}
     secrets: dict[str, str] = {}
     """By environment variable, where it is: `file:/run/secrets/token`, `aws-secret:NAME`, `aws-parameter:NAME`,
     `gcp-secret:NAME`."""
     code: PackedCode | GitCode | None = None
     """None: an empty working folder."""
+    mounts: tuple[Mount, ...] = ()
+    """Copied before the set-up."""
     uses_venv: bool = True
     """The environment in which the machine's holdfast is installed comes first on the PATH: `python` finds holdfast and what the
     set-up installs. It sees the image's own packages. False: the image's PATH as it is."""
     holdfast: str = ""
     """The version that the controller serves; recorded beside the one that runs."""
+    home: str = ""
+    """The fleet's, by its URL: word is left there when a machine has said something. Empty: nobody listens there."""
     grace_s: int = 30
     """From SIGTERM, or the order to stop, until what still runs is killed."""
     notice: str = "auto"
@@ -125,6 +133,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
                 stores = ", ".join(f"{each}:…" for each in SECRET_STORES)
                 # The text itself is not shown: it may be the secret, written in the wrong place.
                 raise ValueError(f"secret {name} is no reference; known forms: {stores}")
+        check_apart(mount.target for mount in self.mounts)
         counts = (self.max_errors, self.max_errors_total, self.max_infrastructure, self.no_progress_limit)
         if min(*counts, self.grace_s) < 0 or self.setup_limit_s <= 0:
             raise ValueError("limits and times are zero or more, and the set-up's limit is above zero")

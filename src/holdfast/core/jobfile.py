@@ -304,6 +304,8 @@ class JobFile(msgspec.Struct, frozen=True, kw_only=True):
     secrets: dict[str, str | None] = {}
     file_mounts: dict[str, Any] = {}
     setup: str | None = None
+    setup_cache: bool = False
+    """What the set-up of one machine has made is put in place on the next ones, where it changes nothing but files of its own."""
     run: str | None = None
     resources: Resources = Resources()
     machine: MachineBlock = MachineBlock()

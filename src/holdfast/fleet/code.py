@@ -16,17 +16,18 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from holdfast.core.bootstrap import Piece
 from holdfast.core.config import format_bytes
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import NotFound, UsageError
 from holdfast.core.job_record import GitCode, PackedCode, archive_key
 from holdfast.core.sealed import digest
 from holdfast.store.base import Store
 
-__all__ = ["IGNORE_FILE", "code_of", "own_wheel", "pack"]
+__all__ = ["IGNORE_FILE", "code_of", "own_wheel", "pack", "pack_file"]
 
 IGNORE_FILE = ".holdfastignore"
 """Beside the code: patterns as a shell knows them, one a line; a `/` at the end names folders only, one at the start the top."""
@@ -66,8 +67,9 @@ def code_of(workdir: str | None, store: Store, base: Path) -> PackedCode | GitCo
     return packed
 
 
-def pack(folder: Path) -> bytes:
-    """A tar archive of the folder, the same for the same content, whoever packs it and when. UsageError above the limit."""
+def pack(folder: Path, what: str | None = None) -> bytes:
+    """A tar archive of the folder, the same for the same content, whoever packs it and when. UsageError above the limit; `what` is
+    the folder in its words."""
     out, total = io.BytesIO(), 0
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in _wanted(folder):
@@ -77,16 +79,32 @@ def pack(folder: Path) -> bytes:
                 member.type, member.linkname = tarfile.SYMTYPE, str(path.readlink())
                 archive.addfile(member)
                 continue
-            body = path.read_bytes()
-            total += len(body)
-            if total > MOST_BYTES:
-                raise UsageError(
-                    f"workdir {str(folder)!r} holds more than {format_bytes(MOST_BYTES)}: name what is not needed in "
-                    f"{IGNORE_FILE}, and bring data by its own URL"
-                )
-            member.size, member.mode = len(body), 0o755 if path.stat().st_mode & 0o111 else 0o644
-            archive.addfile(member, io.BytesIO(body))
+            total = _add(archive, member, path, total, what or f"workdir {str(folder)!r}")
     return out.getvalue()
+
+
+def pack_file(path: Path, what: str) -> bytes:
+    """An archive with this one file in it, under its name."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo(path.name)
+        member.mtime = 0
+        _add(archive, member, path, 0, what)
+    return out.getvalue()
+
+
+def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, total: int, what: str) -> int:
+    """The bytes in the archive so far."""
+    total += path.stat().st_size
+    if total > MOST_BYTES:
+        raise UsageError(
+            f"{what} holds more than {format_bytes(MOST_BYTES)}: name what is not needed in {IGNORE_FILE}, and bring data by its "
+            "own URL, in `file_mounts:` or from the program"
+        )
+    body = path.read_bytes()
+    member.size, member.mode = len(body), 0o755 if path.stat().st_mode & 0o111 else 0o644
+    archive.addfile(member, io.BytesIO(body))
+    return total
 
 
 def _wanted(folder: Path) -> Iterator[Path]:
@@ -125,11 +143,16 @@ def own_wheel(store: Store) -> Piece:
     name = f"holdfast-{metadata.version('holdfast')}-py3-none-any.whl"
     body = _wheel(Path(__file__).parents[1])
     key = f"code/{digest(body)}/{name}"
-    store.put_new(key, body)
+    try:
+        # It is a megabyte, and there after the first time: one byte of it says so.
+        store.read_into(key, 0, memoryview(bytearray(1)))
+    except NotFound:
+        store.put_new(key, body)
     source = f"{store.url}/{key}"
     return Piece(source=source.removeprefix("file://"), name=name, sha256=hashlib.sha256(body).hexdigest())
 
 
+@cache
 def _wheel(package: Path) -> bytes:
     """The binary distribution format, version 1.0: packaging.python.org/specifications/binary-distribution-format."""
     own = metadata.distribution("holdfast")

@@ -7,6 +7,7 @@ A run has one mandate. Whoever launches another job at the same URL is told so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from holdfast.core.job_record import JOB_KEY, JobRecord
 from holdfast.core.jobfile import JobFile, JobRecovery, Resources, parse_job
 from holdfast.core.sealed import FORMAT_VERSION, digest
 from holdfast.fleet.code import code_of
+from holdfast.fleet.mounts import mounts_of
 from holdfast.fleet.terms import Terms
 from holdfast.policy.backoff import Fallback
 from holdfast.policy.budget_facts import BudgetLimits
@@ -30,7 +32,17 @@ from holdfast.provider.base import Instances, MachineSpec, Wanted
 from holdfast.store.base import Store
 from holdfast.store.records import read_record, write_record
 
-__all__ = ["MANDATE_KEY", "Mandate", "commission", "provider_of", "read_mandate", "spec_of", "terms_of", "wanted_of"]
+__all__ = [
+    "MANDATE_KEY",
+    "Mandate",
+    "commission",
+    "extras_of",
+    "provider_of",
+    "read_mandate",
+    "spec_of",
+    "terms_of",
+    "wanted_of",
+]
 
 MANDATE_KEY = "control/mandate"
 DEFAULT_FALLBACK = Fallback(3, 600)
@@ -51,6 +63,8 @@ class Mandate(msgspec.Struct, frozen=True, kw_only=True):
     job_text: str
     started_unix_s: int
     """On the provider's clock: deadlines count from here."""
+    home: str = ""
+    """The fleet that it belongs to, by its URL; empty: none, it is looked after alone."""
 
 
 def read_mandate(store: Store) -> Mandate:
@@ -72,22 +86,27 @@ def commission(
     base: Path,
     clock: Clock,
     tokens: TokenSource,
+    home: str = "",
 ) -> Mandate:
-    """Write down what is wanted, and pack what machines need for it. The same job again finds what stands there.
+    """Write down what is wanted, and pack what machines need for it. The same job again finds what stands there. `home`: the fleet
+    whose controllers look after it.
 
-    Raises UsageError for a job without a command, RunConflict where another job lives at this URL.
+    Raises UsageError for a job without a command, RunConflict where another job lives at this URL, or one of another fleet.
     """
-    record = _job_record(job, store, base, tokens())
+    record = _job_record(job, store, base, tokens(), home)
     run = open_record(store, clock=clock, tokens=tokens)
     mandate = Mandate(
         format=FORMAT_VERSION, nonce=tokens(), run_id=run.run_id, fleet=fleet, provider=provider.name, place=place, job_text=text,
-        started_unix_s=int(provider.clock.unix_s()),
+        started_unix_s=int(provider.clock.unix_s()), home=home,
     )  # fmt: skip
     found = write_record(store, MANDATE_KEY, mandate)
     if found.job_text != text or found.provider != provider.name:
         raise RunConflict(
             f"{store.url}: another job has been launched here. Give this one a URL of its own (--run), or see `holdfast status`"
         )
+    if found.home != home:
+        how = f"into the fleet at {found.home}" if found.home else "without --home"
+        raise RunConflict(f"{store.url}: this run was launched {how}, and cannot be moved")
     if _content(write_record(store, JOB_KEY, record)) != _content(record):
         raise RunConflict(
             f"{store.url}: this run was launched with other code or settings; a changed job needs a URL of its own"
@@ -99,7 +118,7 @@ def _content(record: JobRecord) -> str:
     return digest(msgspec.json.encode(msgspec.structs.replace(record, nonce="", holdfast="")))
 
 
-def _job_record(job: JobFile, store: Store, base: Path, nonce: str) -> JobRecord:
+def _job_record(job: JobFile, store: Store, base: Path, nonce: str, home: str) -> JobRecord:
     if not (job.run or "").strip():
         raise UsageError("the job file has no `run:`, so there is nothing to launch")
     if job.num_nodes != 1:
@@ -109,17 +128,15 @@ def _job_record(job: JobFile, store: Store, base: Path, nonce: str) -> JobRecord
     missing = [name for name, value in {**job.envs, **job.secrets}.items() if value is None]
     if missing:
         raise UsageError(f"no value for {', '.join(missing)}: give it with --env NAME=VALUE, or in the job file")
-    if job.file_mounts:
-        raise UsageError(
-            "file_mounts are not brought to machines yet: read the data from its URL, or fetch it in `setup:`"
-        )
     recovery = _recovery(job.resources)
     try:
         return JobRecord(
-            format=FORMAT_VERSION, nonce=nonce, name=job.name or "job", run=job.run or "", setup=job.setup or "",
+            format=FORMAT_VERSION, nonce=nonce, home=home, name=job.name or "job", run=job.run or "", setup=job.setup or "",
+            setup_cache=job.setup_cache,
             envs={name: str(value) for name, value in job.envs.items()},
             secrets={name: str(value) for name, value in job.secrets.items()},
-            code=code_of(job.workdir, store, base), holdfast=version("holdfast"),
+            code=code_of(job.workdir, store, base), mounts=mounts_of(job, provider_of(job), store, base),
+            holdfast=version("holdfast"),
             max_errors=recovery.max_restarts_on_errors if recovery.max_restarts_on_errors is not None else 3,
         )  # fmt: skip
     except ValueError as error:
@@ -187,14 +204,22 @@ def rules_of(job: JobFile) -> Rules:
     return rules
 
 
-def _extras_of(provider: Instances, spec: MachineSpec, wanted: Wanted) -> int:
+def extras_of(provider: Instances, spec: MachineSpec, wanted: Wanted) -> int:
     """The dearest region that may be used."""
     regions = wanted.regions or tuple({offer.pool.region for offer in provider.offers(wanted)})
     return max((provider.extras_microusd_h(spec, region) for region in regions), default=0)
 
 
-def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | None = None) -> Terms:
-    """What a controller works under. UsageError for what the job file contradicts itself in."""
+def terms_of(
+    mandate: Mandate,
+    url: str,
+    provider: Instances,
+    *,
+    slice_s: int | None = None,
+    extras: Callable[[Instances, MachineSpec, Wanted], int] | None = None,
+) -> Terms:
+    """What a controller works under. UsageError for what the job file contradicts itself in. `extras` finds what disks and
+    addresses cost at most: asked for once where many runs want the same."""
     job = parse_job(mandate.job_text, "the launched job file")
     rules = rules_of(job)
     work_s = next(iter(job.plan.work_s.values()), None)
@@ -218,5 +243,5 @@ def terms_of(mandate: Mandate, url: str, provider: Instances, *, slice_s: int | 
         started_unix_s=mandate.started_unix_s,
         changeover_s=changeover_s if changeover_s is not None else provider.guarantees.boot_s + 180,
         retry_exit_codes=codes,
-        extras_microusd_h=_extras_of(provider, spec_of(job), wanted_of(job)),
+        extras_microusd_h=(extras or extras_of)(provider, spec_of(job), wanted_of(job)),
     )  # fmt: skip

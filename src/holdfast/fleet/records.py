@@ -1,7 +1,8 @@
 """The records of one run in its store, from the controller's side: read as events, written once, won or lost.
 
 A put that fails says nothing by itself, and one that is refused may have been our own first try: what stands there is read back,
-and the nonce tells. Records never change, so each is read once; pulses are read anew.
+and the nonce tells. Records never change, so each is read once in the life of a process, or of an index that outlives it; pulses
+are read anew. Which records there are, only the store's list says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from holdfast.core.clock import Clock
-from holdfast.core.errors import IntegrityError, StoreUnavailable
+from holdfast.core.errors import HoldfastError, IntegrityError, StoreUnavailable
 from holdfast.core.ids import TokenSource
 from holdfast.core.launches import (
     CANCEL_KEY,
@@ -27,9 +28,11 @@ from holdfast.core.launches import (
     Pulse,
     parse_key,
 )
+from holdfast.core.sealed import seal, unseal
+from holdfast.fleet.index import Index
 from holdfast.fleet.view import Read, Record
 from holdfast.store.base import Store
-from holdfast.store.records import read_record, write_record
+from holdfast.store.records import read_sealed, write_record
 
 __all__ = ["PREFIXES", "WORDS", "RunRecords"]
 
@@ -45,10 +48,13 @@ _Nonced = TypeVar("_Nonced", Intent, Answer, Ended, GrantRecord, Command, Cancel
 
 
 class RunRecords:
-    """Thread safety: none; the controller's one thread."""
+    """Thread safety: none; one thread at a time."""
 
-    def __init__(self, store: Store, *, clock: Clock, tokens: TokenSource) -> None:
-        self._store, self._clock, self._tokens = store, clock, tokens
+    def __init__(
+        self, store: Store, *, clock: Clock, tokens: TokenSource, index: Index | None = None, run_id: str = ""
+    ) -> None:
+        """`index` keeps what was read, under `run_id`: a URL may be used again, an id is not."""
+        self._store, self._clock, self._tokens, self._index, self._run_id = store, clock, tokens, index, run_id
         self._known: set[str] = set()
         self._over: set[int] = set()
         self.altered: dict[str, str] = {}
@@ -58,33 +64,50 @@ class RunRecords:
         return self._tokens()
 
     def read(self, prefixes: Sequence[str] = PREFIXES) -> Iterator[Read]:
-        """What has been written there since the last call, by anybody. StoreError."""
+        """What has been written there since the last call, by anybody. Where only WORDS are asked for, pulses of those machines
+        that have said something. StoreError."""
         now_s = int(self._clock.unix_s())
         for prefix in prefixes:
-            for entry in list(self._store.list(prefix)):
-                event = self._event(entry.key, now_s)
-                if event is not None:
-                    yield event
+            found = [(entry.key, *_parsed(entry.key)) for entry in list(self._store.list(prefix))]
+            new = [each for each in found if each[1] is not None and each[0] not in self._known]
+            told = {launch for _, kind, launch in new if kind is not Pulse}
+            for key, kind, launch in new:
+                if kind is None or (
+                    kind is Pulse and (launch in self._over or (prefixes is WORDS and launch not in told))
+                ):
+                    continue
+                record = self._record(key, kind)
+                if record is not None:
+                    yield Read(launch, record, now_s)
 
-    def _event(self, key: str, now_s: int) -> Read | None:
-        if key in self._known:
-            return None
-        parsed = ("cancel", 0, 0) if key == CANCEL_KEY else parse_key(key)
-        if parsed is None:
-            return None
-        kind, launch = _KINDS[parsed[0]], parsed[1]
-        if kind is Pulse and launch in self._over:
-            return None
-        try:
-            record = read_record(self._store, key, kind)
-        except IntegrityError as error:
-            self.altered[key] = str(error)
-            return None
+    def _record(self, key: str, kind: type[Record]) -> Record | None:
+        record = self._indexed(key, kind)
         if record is None:
-            return None
+            try:
+                found = read_sealed(self._store, key, kind)
+            except IntegrityError as error:
+                self.altered[key] = str(error)
+                return None
+            if found is None:
+                return None
+            record, data = found
+            if self._index is not None and kind is not Pulse:
+                self._index.put(self._run_id, key, data)
         self.altered.pop(key, None)
         self._note(key, record)
-        return Read(launch, record, now_s)
+        return record
+
+    def _indexed(self, key: str, kind: type[Record]) -> Record | None:
+        if self._index is None or kind is Pulse:
+            return None
+        data = self._index.get(self._run_id, key)
+        if data is None:
+            return None
+        try:
+            return unseal(data, kind, what=f"{self._store.url}/{key}, from the index")
+        except HoldfastError:
+            self._index.drop(self._run_id, key)
+            return None
 
     def _note(self, key: str, record: msgspec.Struct) -> None:
         if not isinstance(record, Pulse):
@@ -104,5 +127,13 @@ class RunRecords:
                 self._clock.sleep(pause_s)
                 continue
             self._note(key, found)
-            return found.nonce == record.nonce, found
+            won = found.nonce == record.nonce
+            if won and self._index is not None:
+                self._index.put(self._run_id, key, seal(record))
+            return won, found
         raise AssertionError("the last try returns or raises")
+
+
+def _parsed(key: str) -> tuple[type[Record] | None, int]:
+    parsed = ("cancel", 0, 0) if key == CANCEL_KEY else parse_key(key)
+    return (None, 0) if parsed is None else (_KINDS[parsed[0]], parsed[1])

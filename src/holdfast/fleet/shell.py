@@ -1,14 +1,15 @@
 """The controller of one run: reads records and lists, asks `state` what to do, does it, and sleeps. All I/O of the fleet is here.
 
-    look (records, list, offers, bills) ──→ events ──→ view ──→ instruct ──→ carry out ──→ events ──→ … ──→ wait
+    look (list, records, offers, bills) ──→ events ──→ view ──→ instruct ──→ carry out ──→ events ──→ … ──→ wait
 
 It holds nothing that the store does not: it may be killed between any two lines, suspended for a day, or run twice at once.
+By itself it looks by the clock (`run`); many under one roof are told when, and how closely (`fleet_controller`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from holdfast.core.clock import Clock
@@ -31,14 +32,16 @@ from holdfast.core.launches import (
 )
 from holdfast.core.sealed import FORMAT_VERSION
 from holdfast.fleet.instructions import Book, CallCreate, Close, End, Give, Instruction, Over, Propose, Tell
+from holdfast.fleet.lookout import Lookout
+from holdfast.fleet.pace import USUAL_PACE, Pace
 from holdfast.fleet.phases import Phase, phase_of
-from holdfast.fleet.records import WORDS, RunRecords
+from holdfast.fleet.records import PREFIXES, WORDS, RunRecords
 from holdfast.fleet.state import Outlook, instruct
 from holdfast.fleet.terms import Terms
-from holdfast.fleet.view import Called, Event, Listed, Metered, Offered, Read, RunView, Won, see
+from holdfast.fleet.view import Called, Event, Listed, Read, RunView, Won, see
 from holdfast.provider.base import Instances, Machine, Order
 
-__all__ = ["Controller", "Pace"]
+__all__ = ["Controller", "Look", "Pace"]
 
 _MOST_ROUNDS = 50
 """Instructions lead to new ones (number, grant, call, answer); more rounds in one step than this are a flaw."""
@@ -46,18 +49,14 @@ _FRESH_S = 30.0
 """A create call is made on records that are no older than this: a process that was suspended reads them again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How often what is looked at. Seconds on the machine's own clock."""
+class Look(IntEnum):
+    """How closely a run's records are looked at before what follows is decided."""
 
-    step_s: float = 2.0
-    """What machines say is read: one list of a prefix, on S3 about $0.22 a day."""
-    records_s: float = 15.0
-    """What other controllers and people have written."""
-    list_s: float = 15.0
-    offers_s: float = 60.0
-    longest_s: float = 60.0
-    """Between two looks, whatever is waited for."""
+    AWAY = 0
+    """Not at all: lists, prices and the time may say something."""
+    WORDS = 1
+    """What its machines say."""
+    ALL = 2
 
 
 class Controller:
@@ -76,14 +75,21 @@ class Controller:
         clock: Clock,
         sink: Sink,
         say: Callable[[str], None] = lambda line: None,
-        pace: Pace = Pace(),
+        pace: Pace = USUAL_PACE,
+        lookout: Lookout | None = None,
     ) -> None:
+        """`lookout`: shared with other runs, and kept up to date by somebody else. None: one of its own."""
         self._records, self._provider, self._terms, self._boot = records, provider, terms, boot
         self._clock, self._sink, self._say, self._pace = clock, sink, say, pace
+        self._is_alone = lookout is None
+        self._lookout = lookout or Lookout(provider, terms.fleet, clock=clock, pace=pace, say=say, run_id=terms.run_id)
+        self._lookout.want(terms.wanted)
         self.view = RunView()
         self.outlook = Outlook(("nothing has been looked at yet",))
         self.over: Over | None = None
-        self._listed_at_s = self._offered_at_s = self._read_at_s = -float("inf")
+        self._read_at_s = (-float("inf"), -float("inf"))
+        self._has_read = False
+        self._asked_to_end_s: dict[str, float] = {}
 
     def run(self, is_stopped: Callable[[], bool] = lambda: False) -> Over | None:
         """Until the run is over, or somebody stops the controller: then None, and the run goes on without one, as far as its grants
@@ -100,15 +106,34 @@ class Controller:
         return None
 
     def _pause_s(self) -> float:
-        if self.outlook.until_s is None:
+        """While something is there, what it says is read all the time."""
+        if self.is_live or self.outlook.until_s is None:
             return self._pace.step_s
-        return min(max(self._pace.step_s, self.outlook.until_s - self._provider.clock.unix_s()), self._pace.longest_s)
+        return min(max(self._pace.step_s, self.until_s()), self._pace.records_s)
 
-    def step(self) -> Over | None:
-        """Look, and do what follows. The end of the run, once there is nothing left."""
-        self._look()
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a launch that is not booked."""
+        return any(launch.ended is None for launch in self.view.launches)
+
+    def until_s(self) -> float:
+        """Seconds until something is due, if nothing happens."""
+        if self.outlook.until_s is None:
+            return self._pace.longest_s
+        return min(max(0.0, self.outlook.until_s - self._provider.clock.unix_s()), self._pace.longest_s)
+
+    def step(self, look: Look | None = None) -> Over | None:
+        """Look, and do what follows. The end of the run, once there is nothing left. `look`: how closely; None: as it is due.
+
+        Nothing is done on what was known before: whatever the look, machines' words are read in the very step that does something,
+        and everything else is no older than _FRESH_S.
+        """
+        self._look(self._due() if look is None else look)
         for _ in range(_MOST_ROUNDS):
             self.view, instructions, self.outlook = instruct(self.view, self._terms, self._now_s())
+            if instructions and not self._has_read:
+                self._read(Look.ALL if self._age_s() > _FRESH_S else Look.WORDS)
+                continue
             if not self._carry_out(instructions):
                 return self.over
         raise AssertionError(f"instructions without end: {instructions}")
@@ -122,44 +147,44 @@ class Controller:
         for event in events:
             self.view = see(self.view, event)
 
-    def _read(self) -> None:
-        """Everything."""
-        at_s = self._clock.monotonic_s()
-        self._take(self._records.read())
-        self._read_at_s = at_s
+    def _read(self, look: Look = Look.ALL) -> None:
+        at_s = (self._clock.monotonic_s(), self._clock.unix_s())
+        self._take(self._records.read(PREFIXES if look is Look.ALL else WORDS))
+        self._has_read = True
+        if look is Look.ALL:
+            self._read_at_s = at_s
 
-    def _look(self) -> None:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._read_at_s >= self._pace.records_s:
-            self._read()
-        else:
-            self._take(self._records.read(WORDS))
-        if now_s - self._listed_at_s >= self._pace.list_s:
-            asked_s = self._now_s()
-            try:
-                machines = self._provider.machines(self._terms.fleet, self._terms.run_id)
-            except ProviderError as error:
-                self._say(f"the list of machines could not be had: {error}")
-            else:
-                self._listed_at_s = now_s
-                self._take([Listed(asked_s, tuple(machines))])
-                self._meter(machines)
-        if now_s - self._offered_at_s >= self._pace.offers_s or self.view.offered_s is None:
-            try:
-                offers = self._provider.offers(self._terms.wanted)
-            except ProviderError as error:
-                self._say(f"prices could not be had: {error}")
-            else:
-                self._offered_at_s = now_s
-                self._take([Offered(self._now_s(), tuple(offers))])
+    def _age_s(self) -> float:
+        """Of the newest full look. The time of day counts as well: some machines' monotonic clocks stand still while they sleep."""
+        monotonic_s, unix_s = self._read_at_s
+        return max(self._clock.monotonic_s() - monotonic_s, self._clock.unix_s() - unix_s)
 
-    def _meter(self, machines: Iterable[Machine]) -> None:
-        for machine in machines:
+    def _due(self) -> Look:
+        return Look.ALL if self._age_s() >= self._pace.records_s else Look.WORDS
+
+    def _look(self, look: Look) -> None:
+        """The list first: what machines have said before they went is then read, before anybody wonders where they are."""
+        if self._is_alone:
+            self._lookout.look_for_machines()
+            self._lookout.look_for_offers()
+        self._has_read = False
+        listed, offered = self._lookout.listed(self._terms.run_id), self._lookout.offered(self._terms.wanted)
+        if look is not Look.AWAY:
+            self._read(look)
+        if listed is not None and listed.asked_s != self.view.listed_s:
+            self._take([listed])
+            self._meter(listed)
+        if offered is not None and offered.asked_s != self.view.offered_s:
+            self._take([offered])
+
+    def _meter(self, listed: Listed) -> None:
+        for machine in listed.machines:
             launch = self.view.of(machine.launch)
             if phase_of(launch) is Phase.OVER or len(launch.evidence.machines) != 1:
                 continue
-            bill = self._provider.bill(machine)
-            self._take([Metered(machine.launch, bill.billed_s, bill.microusd)])
+            metered = self._lookout.meter(machine)
+            if metered is not None:
+                self._take([metered])
 
     # ---- doing
 
@@ -241,8 +266,13 @@ class Controller:
 
     def _call(self, launch: int, *, again: bool) -> bool:
         """On fresh knowledge: what was suspended between the decision and here must not act on it."""
-        if self._clock.monotonic_s() - self._read_at_s > _FRESH_S:
+        if self._age_s() > _FRESH_S:
             self._read()
+            if self._age_s() > _FRESH_S:
+                self._say(
+                    f"launch {launch}: the records took more than {_FRESH_S:g} s to read; nothing is asked for on them"
+                )
+                return False
             return True
         intent, now_s = self.view.of(launch).intent, self._now_s()
         assert intent is not None
@@ -298,6 +328,10 @@ class Controller:
 
     def _end(self, end: End) -> None:
         machine = end.machine if isinstance(end.machine, Machine) else self._unseen(end.launch, end.machine)
+        now_s = self._clock.monotonic_s()
+        if now_s - self._asked_to_end_s.get(machine.id, -float("inf")) < self._pace.list_s:
+            return  # whether that has helped, the next list says
+        self._asked_to_end_s[machine.id] = now_s
         self._emit("launch.ending", end.launch, machine=machine.id, reasons=list(end.reasons))
         self._provider.terminate([machine])
 

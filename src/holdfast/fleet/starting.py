@@ -12,7 +12,9 @@ from holdfast.core.ids import TokenSource
 from holdfast.core.jobfile import parse_job
 from holdfast.core.launches import client_token
 from holdfast.fleet.code import own_wheel
+from holdfast.fleet.index import Index
 from holdfast.fleet.instructions import Over, Propose
+from holdfast.fleet.lookout import Lookout
 from holdfast.fleet.mandate import Mandate, terms_of, wanted_of
 from holdfast.fleet.records import RunRecords
 from holdfast.fleet.shell import Controller, Pace
@@ -25,14 +27,15 @@ from holdfast.store.base import Store
 __all__ = ["FirstChoice", "boot_with", "controller_of", "first_choice"]
 
 
-def boot_with(url: str, provider: Instances, pieces: list[Piece], terms: Terms) -> Callable[[int], str]:
-    """The bootstrap script of a launch. Without a grant a machine is there no longer than with the shortest one."""
+def boot_with(url: str, provider: Instances, pieces: Callable[[], list[Piece]], terms: Terms) -> Callable[[int], str]:
+    """The bootstrap script of a launch. Without a grant a machine is there no longer than with the shortest one. `pieces` are
+    asked for when there is one to make."""
     facts = provider.boot_facts
     limit_s = min(facts.boot_limit_s, terms.changeover_s + terms.useful_s)
 
     def boot(launch: int) -> str:
         return bootstrap_script(
-            run_url=url, launch=launch, pieces=pieces, end_command=facts.end_command, boot_limit_s=limit_s,
+            run_url=url, launch=launch, pieces=pieces(), end_command=facts.end_command, boot_limit_s=limit_s,
             folder=facts.folder, python=facts.python, machine_command=facts.machine_command, environment=facts.environment,
         )  # fmt: skip
 
@@ -50,12 +53,15 @@ def controller_of(
     say: Callable[[str], None],
     pace: Pace,
     slice_s: int | None = None,
+    index: Index | None = None,
+    lookout: Lookout | None = None,
+    terms: Terms | None = None,
 ) -> Controller:
-    """Raises UsageError for a job that contradicts itself."""
-    terms = terms_of(mandate, store.url, provider, slice_s=slice_s)
-    records = RunRecords(store, clock=provider.clock, tokens=tokens)
-    boot = boot_with(store.url, provider, [own_wheel(store)], terms)
-    return Controller(records, provider, terms, boot=boot, clock=clock, sink=sink, say=say, pace=pace)
+    """Raises UsageError for a job that contradicts itself. `index`, `lookout`: those of a fleet."""
+    terms = terms or terms_of(mandate, store.url, provider, slice_s=slice_s)
+    records = RunRecords(store, clock=provider.clock, tokens=tokens, index=index, run_id=mandate.run_id)
+    boot = boot_with(store.url, provider, lambda: [own_wheel(store)], terms)
+    return Controller(records, provider, terms, boot=boot, clock=clock, sink=sink, say=say, pace=pace, lookout=lookout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ class Segment(NamedTuple):
 class Ledger:
     """A sink that keeps events. Thread-safe. A store that fails costs no event: they stay in memory until the next flush.
 
-    `pulse` is called in the ledger's thread before each of its flushes: for events that are due when time has passed.
+    `pulse` is called in the ledger's thread before each of its flushes: for events that are due when time has passed. Without
+    `flush_every_s` there is no thread: whoever has very many ledgers flushes them.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Ledger:
         attempt: int,
         node: str,
         clock: Clock,
-        flush_every_s: float = 15.0,
+        flush_every_s: float | None = 15.0,
         pulse: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._attempt, self._node, self._clock = store, attempt, node, clock
@@ -63,8 +64,10 @@ class Ledger:
         self._closing = False
         self._wakes_until_compaction = _COMPACT_EVERY
         self._has_compacted = False
-        self._thread = threading.Thread(target=self._work, name="holdfast-ledger", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if flush_every_s is not None:
+            self._thread = threading.Thread(target=self._work, name="holdfast-ledger", daemon=True)
+            self._thread.start()
 
     def emit(self, event: Event) -> None:
         with self._lock:
@@ -110,7 +113,8 @@ class Ledger:
         """Flush what can be flushed and stop the thread."""
         self._closing = True
         self._wake.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         try:
             self.flush()
         except HoldfastError:

@@ -13,16 +13,23 @@ from holdfast.core.errors import IntegrityError, NotFound, StoreUnavailable
 from holdfast.core.sealed import MAX_RECORD_BYTES, seal, unseal
 from holdfast.store.base import Store
 
-__all__ = ["read_record", "write_record"]
+__all__ = ["read_record", "read_sealed", "write_record"]
 
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
 
 def read_record(store: Store, key: str, kind: type[_Record]) -> _Record | None:
     """None: confirmed absent. Two tries: a bit that flipped on its way here is no altered record. IntegrityError for one."""
+    found = read_sealed(store, key, kind)
+    return None if found is None else found[0]
+
+
+def read_sealed(store: Store, key: str, kind: type[_Record]) -> tuple[_Record, bytes] | None:
+    """As `read_record`, with the sealed bytes, for whoever keeps them to look at them again."""
     for is_last in (False, True):
         try:
-            return unseal(store.get(key, max_bytes=MAX_RECORD_BYTES), kind, what=f"{store.url}/{key}")
+            data = store.get(key, max_bytes=MAX_RECORD_BYTES)
+            return unseal(data, kind, what=f"{store.url}/{key}"), data
         except NotFound:
             return None
         except IntegrityError:

@@ -135,24 +135,40 @@ class ObjectStore:
         return body
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        self.read_any(check_key(key), offset, buffer)
+
+    def read_any(self, name: str, offset: int, buffer: memoryview) -> str:
+        """As `read_into`, of an object with any name; returns its ETag, or an empty text where the service gives none."""
         flat = buffer.cast("B")
         end = offset + len(flat)
         done = 0
-        with self._translated("reading", check_key(key)):
+        with self._translated("reading", name):
             client = self._client(len(flat))
             if not len(flat):
-                if offset > obstore.head(client, key)["size"]:
-                    raise IntegrityError(f"{key!r} in {self.url} is too short for offset {offset}")
-                return
+                about = obstore.head(client, name)
+                if offset > about["size"]:
+                    raise IntegrityError(f"{name!r} in {self.url} is too short for offset {offset}")
+                return about["e_tag"] or ""
             # Chunk by chunk, so that a large range needs no second copy of itself in host memory.
-            answer = obstore.get(client, key, options={"range": (offset, end)})
+            answer = obstore.get(client, name, options={"range": (offset, end)})
             for chunk in answer.stream(min_chunk_size=_READ_CHUNK_BYTES):
                 if done + len(chunk) > len(flat):
-                    raise IntegrityError(f"{key!r} in {self.url}: the answer is longer than [{offset}, {end})")
+                    raise IntegrityError(f"{name!r} in {self.url}: the answer is longer than [{offset}, {end})")
                 flat[done : done + len(chunk)] = memoryview(chunk)
                 done += len(chunk)
         if done != len(flat):
-            raise IntegrityError(f"{key!r} in {self.url} ended after {done} bytes of [{offset}, {end})")
+            raise IntegrityError(f"{name!r} in {self.url} ended after {done} bytes of [{offset}, {end})")
+        return answer.meta["e_tag"] or ""
+
+    def list_any(self, prefix: str) -> Sequence[tuple[str, int, str]]:
+        """Name, size and ETag of every object below these whole components, whatever it is called."""
+        return self._repeated(lambda: self._listed_any(prefix))
+
+    def look_at(self, name: str) -> tuple[int, str]:
+        """Size and ETag of an object with any name."""
+        with self._translated("reading", name):
+            about = obstore.head(self._client(0), name)
+            return about["size"], about["e_tag"] or ""
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Everything is listed before the first entry is returned: not every service lists in order, and an error in the
@@ -193,6 +209,17 @@ class ObjectStore:
             for page in obstore.list(self._client(0), prefix or None, chunk_size=1000):
                 found += [Entry(item["path"], item["size"]) for item in page if is_key(item["path"])]
         return sorted(found)
+
+    def _listed_any(self, prefix: str) -> Sequence[tuple[str, int, str]]:
+        found = []
+        with self._translated("listing", prefix):
+            try:
+                for page in obstore.list(self._client(0), prefix or None, chunk_size=1000):
+                    found += [(item["path"], item["size"], item["e_tag"] or "") for item in page]
+            except client_errors.InvalidPathError as error:
+                said = str(error).split("\n\nDebug source", 1)[0]
+                raise UsageError(f"{self.url}: an object has a name that is no file's ({said})") from None
+        return found
 
     def _delete(self, key: str) -> None:
         try:

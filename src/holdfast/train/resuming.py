@@ -13,7 +13,7 @@ from dataclasses import replace
 from holdfast.checkpoint.collector import collector_paused
 from holdfast.checkpoint.format import CheckpointRef, Head
 from holdfast.checkpoint.handover import Inherited
-from holdfast.checkpoint.near import NearFor, near_disk, near_memory
+from holdfast.checkpoint.near import NearDisk, NearFor, near_disk, near_memory
 from holdfast.checkpoint.rank_reader import open_for_rank
 from holdfast.checkpoint.read import CheckpointReader, Fallback, read_threads, restore_newest
 from holdfast.checkpoint.saver import Saver
@@ -36,7 +36,7 @@ __all__ = ["Resuming"]
 
 class Resuming:
     """One start's. Owned by the loop's thread; used with `with`, which gives inherited memory back. `tier` and `saver` are None
-    where there is no disk to use, or the run is finished."""
+    where there is no disk to use, or the run is finished; `ahead` has what a standby has fetched onto this machine's disk."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Resuming:
         saver: Saver | None,
         *,
         inherited: Sequence[Inherited],
+        ahead: Store | None,
         strict: bool,
         clock: Clock,
         tokens: TokenSource,
@@ -57,6 +58,7 @@ class Resuming:
         self._store, self._home, self._tracker, self._place = store, home, tracker, place
         self._record, self._together, self._tier, self._saver = record, together, tier, saver
         self._inherited, self._strict, self._clock, self._tokens = inherited, strict, clock, tokens
+        self._ahead = ahead
 
     def __enter__(self) -> Resuming:
         return self
@@ -121,9 +123,12 @@ class Resuming:
         load: Callable[[CheckpointReader, ReadingTogether], tuple[CheckpointReader, Loaded]],
     ) -> tuple[CheckpointReader, Loaded] | None:
         readings: list[ReadingTogether] = []
+        at_hand = frozenset() if self._ahead is None else frozenset(NearDisk(self._ahead).keys)
 
         def load_one(ref: CheckpointRef) -> tuple[CheckpointReader, Loaded]:
-            reading = ReadingTogether(together, self._store, ref.name, run_id=head.run_id, attempt=head.attempt)
+            reading = ReadingTogether(
+                together, self._store, ref.name, run_id=head.run_id, attempt=head.attempt, at_hand=at_hand
+            )
             readings.append(reading)
             try:
                 reader = open_for_rank(
@@ -158,7 +163,8 @@ class Resuming:
     def _near(self, head: Head) -> list[NearFor]:
         """Where on this machine copies of what is restored may be, the nearest first."""
         found = [near_memory(self._inherited, head.run_id)] if self._inherited else []
-        return found if self._tier is None else [*found, near_disk(self._tier.store)]
+        disks = [*([] if self._tier is None else [self._tier.store]), *([] if self._ahead is None else [self._ahead])]
+        return [*found, *(near_disk(disk) for disk in disks)]
 
     def _fell_back(self, fallback: Fallback) -> None:
         self._record.warn(

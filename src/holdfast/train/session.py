@@ -22,11 +22,12 @@ from holdfast.checkpoint.saver import Saver, SaveRequest, SaverOptions
 from holdfast.checkpoint.tier import LocalTier, Tier
 from holdfast.checkpoint.tree import Leaf, flatten
 from holdfast.core.clock import Clock
-from holdfast.core.contract import ENV_PREVIOUS_STEP, Phase
+from holdfast.core.contract import ENV_PREVIOUS_STEP, ENV_STAGED, Phase
 from holdfast.core.errors import HoldfastError
 from holdfast.core.ids import TokenSource
 from holdfast.policy.interval import LostShare, LostTime, Trigger
 from holdfast.store.base import Store
+from holdfast.store.local import LocalStore
 from holdfast.train.base import Base, share_base, take_base, tell_of_no_use
 from holdfast.train.boundary import StepGate
 from holdfast.train.devices import Device, describe_devices, device_changes, this_device
@@ -151,10 +152,11 @@ class Session:
                 claim = self.claim = self._take_base(claim, options.base, self._saver)
         else:
             self._clear_tier(claim)
+        ahead = os.environ.get(ENV_STAGED)
         with Resuming(
             self.store, self.home, self._tracker, self._place, self._record, self._together, self._tier, self._saver,
-            inherited=[] if claim.finished else self._find_inherited(), strict=self._options.strict, clock=self._clock,
-            tokens=self._tokens,
+            inherited=[] if claim.finished else self._find_inherited(), ahead=LocalStore(ahead) if ahead else None,
+            strict=self._options.strict, clock=self._clock, tokens=self._tokens,
         ) as resuming:  # fmt: skip
             claim = self.claim = resuming.commit_inherited(claim)
             restored = self._adopted(claim, resuming.load(claim))

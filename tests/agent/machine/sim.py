@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from holdfast.agent.machine.bell import Bell
 from holdfast.agent.machine.boot import ThisMachine
 from holdfast.agent.machine.life import Life, Pace, Task
 from holdfast.agent.machine.prepare import Prepared
@@ -221,6 +222,7 @@ class SimMachine:
         slow = _Slow(self.world.store, self.world, self.near)
         store = FaultyStore(slow, lambda operation: self._fault(plan, operation), clock=self.world, slow_s=12.0)  # type: ignore[arg-type]
         self.life = Life(
+            bell=Bell(self.launch, MemoryStore, print),
             records=Records(store), launch=self.launch, clock=self.world, tokens=seeded_tokens(hash(self.name) & 0xFFFF),
             machine=ThisMachine(
                 name=self.name, boot=f"boot-{self.name}", boot_s=self.boot_s, unborn_at_s=unborn_s, folder=Path("/nowhere"),

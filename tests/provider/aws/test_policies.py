@@ -55,6 +55,17 @@ def test_a_machine_reaches_its_own_run_and_never_writes_the_controllers_words() 
     assert machine_trust()["Statement"][0]["Principal"] == {"Service": "ec2.amazonaws.com"}
 
 
+def test_a_machine_reads_the_files_that_it_copies_and_nothing_beside_them() -> None:
+    policy = machine_policy(run_url=RUN, readable=["s3://data/sets/pile", "s3://whole"])
+    for key in ("data/sets/pile", "data/sets/pile/part-1", "whole/x"):
+        assert may(policy, "s3:GetObject", f"arn:aws:s3:::{key}")
+        assert not may(policy, "s3:PutObject", f"arn:aws:s3:::{key}")
+    assert not may(policy, "s3:GetObject", "arn:aws:s3:::data/sets/pile2/part-1")
+    assert may(policy, "s3:ListBucket", "arn:aws:s3:::data", prefix="sets/pile/")
+    assert not may(policy, "s3:ListBucket", "arn:aws:s3:::data", prefix="sets/")
+    assert may(policy, "s3:ListBucket", "arn:aws:s3:::whole", prefix="")
+
+
 def test_a_controller_makes_and_ends_what_carries_its_fleets_tag() -> None:
     policy = controller_policy(
         fleet="team-a", account="123456789012", role="trainer", run_url=RUN, regions=["us-east-1"]
@@ -106,3 +117,23 @@ def test_the_page_shows_what_there_is() -> None:
         exec(block, shown)
     assert may(shown["machine"], "s3:GetObject", f"{OBJECTS}gpt/heads/00000001.json")
     assert callable(shown["find_out"])
+
+
+def test_a_machine_leaves_word_in_its_fleets_inbox_and_does_nothing_else_there() -> None:
+    policy = machine_policy(run_url=RUN, home="s3://bucket/fleet")
+    home = "arn:aws:s3:::bucket/fleet/"
+    assert may(policy, "s3:PutObject", f"{home}inbox/run-a.00000001.000000")
+    for action in ("s3:GetObject", "s3:DeleteObject"):
+        assert not may(policy, action, f"{home}inbox/run-a.00000001.000000")
+    for key in ("runs/run-a", "over/run-a", "controllers/c", "inboxes/x"):
+        assert not may(policy, "s3:PutObject", home + key)
+    assert not may(machine_policy(run_url=RUN), "s3:PutObject", f"{home}inbox/run-a.00000001.000000")
+    controller = controller_policy(
+        fleet="team-a", account="123456789012", role="trainer", run_url=RUN, home="s3://bucket/fleet"
+    )
+    for key in ("runs/run-a", "over/run-a", "controllers/c", "inbox/x"):
+        for action in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"):
+            assert may(controller, action, home + key)
+    assert may(controller, "s3:ListBucket", "arn:aws:s3:::bucket", prefix="fleet/inbox/")
+    sids = [each["Sid"] for each in controller["Statement"]]
+    assert len(sids) == len(set(sids))

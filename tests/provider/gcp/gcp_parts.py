@@ -37,9 +37,9 @@ _TYPES: dict[str, tuple[int, int, tuple[tuple[str, int], ...]]] = {
 
 
 @contextmanager
-def compute(clock: ManualClock | None = None) -> Iterator[GcpStandIn]:
+def compute(clock: ManualClock | None = None, kind: type[GcpStandIn] = GcpStandIn) -> Iterator[GcpStandIn]:
     """A stand-in with some machine types."""
-    with stand_in(clock or ManualClock()) as cloud:
+    with stand_in(clock or ManualClock(), kind) as cloud:
         for name, (cpus, memory_mib, gpus) in _TYPES.items():
             shown: dict[str, Any] = {"name": name, "guestCpus": cpus, "memoryMb": memory_mib}
             parts = [{"guestAcceleratorType": gpu, "guestAcceleratorCount": count} for gpu, count in gpus]

@@ -162,7 +162,8 @@ class GcpStandIn:
         if boot["diskName"] != body["name"]:
             raise Said(400, "invalid", "this stand-in wants the boot disk named like its machine")
         sizes = [disk["initializeParams"].get("diskSizeGb", "375") for disk in body["disks"]]
-        disks = [{"type": disk["type"], "diskSizeGb": size} for disk, size in zip(body["disks"], sizes, strict=True)]
+        kept = [{key: disk[key] for key in ("type", "autoDelete")} for disk in body["disks"]]
+        disks = [disk | {"diskSizeGb": size} for disk, size in zip(kept, sizes, strict=True)]
         self.disks.append(
             {
                 "name": body["name"], "zone": f"zones/{zone}", "sizeGb": boot["diskSizeGb"], "type": boot["diskType"],
@@ -393,8 +394,8 @@ def front() -> Iterator[None]:
 
 
 @contextmanager
-def stand_in(clock: ManualClock) -> Iterator[GcpStandIn]:
+def stand_in(clock: ManualClock, kind: type[GcpStandIn] = GcpStandIn) -> Iterator[GcpStandIn]:
     """While the block runs, one at a time. At its end, everything that was asked must have been as described."""
-    cloud = _FRONT.behind = GcpStandIn(clock, url=_FRONT.url)
+    cloud = _FRONT.behind = kind(clock, url=_FRONT.url)
     yield cloud
     assert not cloud.violations, cloud.violations

@@ -2,7 +2,7 @@
 
     intent, holder (one machine for a launch, and no second) → job → grant
         → nobody before it:  claimed → prepare → work
-        → a standby:         prepare → ready → wait (gate.py) → claimed → work
+        → a standby:         prepare → ready → wait (gate.py), and fetch what will be restored (ahead.py) → claimed → work
     → released → the end
 
 Every wait calls `_tick`: it listens to the controller, moves the watchdog's limits, and leaves (`_Leave`) where there is a reason.
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import msgspec
 
+from holdfast.agent.machine.bell import Bell
 from holdfast.agent.machine.boot import ThisMachine
 from holdfast.agent.machine.gate import Gate
 from holdfast.agent.machine.grants import limits_of
@@ -104,6 +106,10 @@ class Life:
     prepare: Callable[[JobRecord, Callable[[], None]], Prepared]
     work: Callable[[Life, Task], int]
     say: Callable[[str], None]
+    bell: Bell
+    """Rung after each word that is written."""
+    beside_waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """What a standby does at the gate (ahead.py). Leaving it must not take time: the gate is open then."""
     pace: Pace = field(default_factory=Pace)
     orders: Orders = field(init=False)
     words: Words = field(init=False)
@@ -121,7 +127,9 @@ class Life:
 
     def __post_init__(self) -> None:
         self.orders = Orders(self.records, self.launch)
-        self.words = Words(self.records, self.launch, self.machine.name, self.machine.boot_s, self.clock)
+        self.words = Words(
+            self.records, self.launch, self.machine.name, self.machine.boot_s, self.clock, self.bell.ring
+        )
         self.notices = NoticeBook(self.words, self.clock)
 
     def run(self) -> int:
@@ -152,6 +160,7 @@ class Life:
         self._become_holder()
         self._listen_now()
         job = self._job = self._must_read(JOB_KEY, JobRecord, "there is nothing to do")
+        self.bell.hang(job.home, intent.run_id)
         self._wait_until(lambda: self.orders.grant is not None)
         if intent.predecessor is None:
             attempt = self._claim()
@@ -160,7 +169,8 @@ class Life:
             prepared = self.prepare(job, self._tick)
             self.words.say("ready")
             gate = Gate(self.records, intent.predecessor, self._grace_s(), self.clock)
-            self._wait_until(lambda: self._is_open(gate))
+            with self.beside_waiting():
+                self._wait_until(lambda: self._is_open(gate))
             attempt = self._claim()
         self._tick()
         task = Task(intent=intent, job=job, prepared=prepared, attempt=attempt, orders=self.orders)

@@ -8,8 +8,10 @@ The watchdog outlives this process. It is told when the machine's time ends: fir
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from pathlib import Path
 
 from holdfast.agent.attempts import RunOptions
 from holdfast.agent.logs import LogLimits
+from holdfast.agent.machine.ahead import Ahead
+from holdfast.agent.machine.bell import Bell
 from holdfast.agent.machine.boot import ThisMachine, this_machine
 from holdfast.agent.machine.errands import beside
 from holdfast.agent.machine.life import Life, Pace, Task
 from holdfast.agent.machine.prepare import Prepared, prepare
 from holdfast.agent.machine.records import Records
+from holdfast.agent.record import AgentRecord
 from holdfast.agent.restart import run_command
 from holdfast.agent.rounds import Care
 from holdfast.agent.watchdog import Lifetime, Limits, Watchdog
@@ -50,6 +55,11 @@ __all__ = ["run_machine"]
 
 _GRACE_S, _LEFTOVER_GRACE_S = 30.0, 5.0
 _END_S = 5.0
+_OUTPUT_S, _LAST_OUTPUT_S = 60.0, 10.0
+"""For the set-up's output to be kept: beside the job; before a machine ends that could not be made ready."""
+_STAGED = "staged"
+_BELL_S = 3.0
+"""At the end, until a controller can have heard of the last word."""
 _NEAR_POLL_S = 1.0
 """Where a request costs nothing."""
 
@@ -141,6 +151,10 @@ class _Shell:
 
     def run(self, launch: int) -> int:
         listeners: list[Listener] = []
+        bell = Bell(launch, self.open_store, self.say)
+        ahead = Ahead(
+            self.store, self.machine.folder / _STAGED, clock=self.clock, say=self.say, look_s=self.pace.poll_s
+        )
 
         def make_ready(job: JobRecord, tick: Callable[[], None]) -> Prepared:
             # A machine that waits may be taken away as well as one that works.
@@ -150,25 +164,56 @@ class _Shell:
                     environ=dict(self.environment), grace_s=job.grace_s,
                 )
             )  # fmt: skip
-            return prepare(job, self.store, self.machine.folder, self.environment, tick, self.clock)
+            with self._told(job, launch) as (keep, say):
+                return prepare(
+                    job, self.store, self.machine.folder, self.environment, tick, self.clock, keep=keep, say=say
+                )
 
         def work(life: Life, task: Task) -> int:
             for listener in listeners:
                 listener.close()
             life.notices.begin_anew()
-            return self._work(life, task)
+            return self._work(life, task, ahead)
 
         life = Life(
             records=Records(self.store), launch=launch, machine=self.machine, clock=self.clock, tokens=random_token,
-            guard=_Guard(self.watchdog), prepare=make_ready, work=work, say=self.say, pace=self.pace,
+            guard=_Guard(self.watchdog), prepare=make_ready, work=work, say=self.say, bell=bell, pace=self.pace,
+            beside_waiting=ahead.beside_waiting,
         )  # fmt: skip
         try:
             return life.run()
         finally:
+            bell.close(_BELL_S)
+            ahead.close()
             for listener in listeners:
                 listener.close()
 
-    def _work(self, life: Life, task: Task) -> int:
+    @contextmanager
+    def _told(self, job: JobRecord, launch: int) -> Iterator[tuple[Callable[[bytes], None], Callable[[str], None]]]:
+        """Where the set-up's output goes, and what is said of it: into the logs of the attempt that comes."""
+        if not job.keeps_output or not (job.setup.strip() or job.mounts):
+            yield (lambda data: None), self.say
+            return
+        record = AgentRecord(
+            self.store, token=random_token()[:8], clock=self.clock, say=self.say, claimed=lambda: 0, logs=LogLimits(),
+            heartbeat_s=math.inf,
+        )  # fmt: skip
+        record.begin(0)
+
+        def say(line: str) -> None:
+            self.say(line)
+            record.keep(line.encode() + b"\n")
+
+        say(f"holdfast: set-up of launch {launch} on {self.machine.name}")
+        try:
+            yield record.keep, say
+        except BaseException:
+            record.close(_LAST_OUTPUT_S)
+            raise
+        # A store that is slow keeps nobody from claiming.
+        threading.Thread(target=record.close, args=(_OUTPUT_S,), name="holdfast-setup-logs", daemon=True).start()
+
+    def _work(self, life: Life, task: Task, ahead: Ahead) -> int:
         job = task.job
         options = RunOptions(
             url=self.url,
@@ -188,8 +233,8 @@ class _Shell:
         ):  # fmt: skip
             return run_command(
                 task.prepared.command, options, clock=self.clock, sink=_LastReasons(life), say=self.say, rng=self.rng,
-                environment=dict(task.prepared.environment) | _facts(self.url, self.machine, task, self.clock),
-                open_store=self.open_store, outside=_Outside(life, task, self.machine, self.watchdog, self.clock),
+                environment=dict(task.prepared.environment) | _facts(self.url, self.machine, task, self.clock) | ahead.environment,
+                open_store=self.open_store, outside=_Outside(life, task, self.machine, self.watchdog, self.clock, ahead),
             )  # fmt: skip
 
 
@@ -213,6 +258,7 @@ class _Outside:
     machine: ThisMachine
     watchdog: Watchdog
     clock: Clock
+    ahead: Ahead
 
     def begins(self, sink: Sink) -> None:
         """What exactly ran here: somebody will want to know."""
@@ -227,6 +273,7 @@ class _Outside:
             "holdfast": version("holdfast"),
             "holdfast_served": job.holdfast or None,
             "setup_s": round(self.task.prepared.setup_s, 3),
+            "setup_cached": self.task.prepared.setup_cached,
             "uptime_s": round(self.clock.monotonic_s() - self.machine.boot_s, 3),
             "standby_for": self.task.intent.predecessor,
         }
@@ -236,6 +283,7 @@ class _Outside:
         self.life.notices.heard(notice)
 
     def look(self, progress: Progress | None) -> str | None:
+        self.ahead.look(progress)
         return self.life.look(progress)
 
     def limit(self) -> str:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.agent.child import Child
 from holdfast.agent.machine.code import fetch_code
+from holdfast.agent.machine.mounts import bring, put_aside
 from holdfast.agent.machine.records import patiently
-from holdfast.agent.machine.secrets import hide, resolve
+from holdfast.agent.machine.secrets import resolve
+from holdfast.agent.machine.set_up import run_set_up
+from holdfast.agent.machine.setup_cache import SetupCache
+from holdfast.agent.machine.unprepared import Unprepared
 from holdfast.core.bootstrap import ENV_LOCAL_END
 from holdfast.core.clock import Clock
+from holdfast.core.contract import ENV_MACHINE
 from holdfast.core.errors import HoldfastError
 from holdfast.core.job_record import JobRecord
 from holdfast.store.base import Store
@@ -28,16 +31,6 @@ __all__ = ["Prepared", "Unprepared", "prepare"]
 
 _TRIES = 2
 _BETWEEN_S = 3.0
-_LOOK_S = 0.1
-_LAST_LINES, _LAST_CHARACTERS = 20, 2000
-
-
-class Unprepared(HoldfastError):
-    """The machine cannot be made ready for this job. `exit_code` goes into its last word."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +40,23 @@ class Prepared:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     setup_s: float
+    setup_cached: bool = False
+    """It was not run here, but taken as another machine has left it."""
 
 
 def prepare(
-    job: JobRecord, store: Store, folder: Path, environment: Mapping[str, str], tick: Callable[[], None], clock: Clock
+    job: JobRecord,
+    store: Store,
+    folder: Path,
+    environment: Mapping[str, str],
+    tick: Callable[[], None],
+    clock: Clock,
+    *,
+    keep: Callable[[bytes], None] = lambda data: None,
+    say: Callable[[str], None],
 ) -> Prepared:
     """Make this machine ready. `tick` is called every moment, and raises when it is no longer wanted; what runs is killed then.
+    `keep` gets what the set-up writes, without the secrets, and never blocks.
 
     Raises Unprepared for what another try on this machine would not mend.
     """
@@ -61,7 +65,9 @@ def prepare(
         base |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{base.get('PATH', os.defpath)}"}
         base |= {"VIRTUAL_ENV": sys.prefix} if sys.prefix != sys.base_prefix else {}
     work = folder / "work"
+    put_aside(folder)
     _several(lambda: fetch_code(job.code, store, work, base), "the working folder", tick, clock)
+    bring(job.mounts, store, folder, base, tick, say=lambda line: say(f"holdfast: file_mounts: {line}"))
     secrets: dict[str, str] = {}
     for name, reference in job.secrets.items():
         _several(
@@ -70,20 +76,45 @@ def prepare(
         )  # fmt: skip
     ready = base | job.envs | secrets
     started_s = clock.monotonic_s()
+    is_cached = False
     if job.setup.strip():
-        script = _script(folder / "setup.sh", work, job.setup)
-        for tries_left in reversed(range(_TRIES)):
-            failed = _set_up(script, ready, folder / "setup.log", job.setup_limit_s, tick)
-            if failed is None:
-                break
-            if not tries_left:
-                raise Unprepared(hide(failed[1], secrets), failed[0])
-            _wait(_BETWEEN_S, tick, clock)
+        cache = None
+        if job.setup_cache:
+            name = environment.get(ENV_MACHINE) or "another machine"
+            cache = SetupCache(job, store, folder, base, machine=name, clock=clock, tick=tick, say=say)
+        is_cached = cache is not None and cache.restore()
+        if not is_cached:
+            _set_up(job, folder, ready, secrets, tick, clock, keep, cache)
     return Prepared(
         command=_script(folder / "run.sh", work, job.run),
         environment=ready,
         setup_s=clock.monotonic_s() - started_s,
+        setup_cached=is_cached,
     )
+
+
+def _set_up(
+    job: JobRecord,
+    folder: Path,
+    environment: Mapping[str, str],
+    secrets: Mapping[str, str],
+    tick: Callable[[], None],
+    clock: Clock,
+    keep: Callable[[bytes], None],
+    cache: SetupCache | None,
+) -> None:
+    if cache is not None:
+        cache.look_around()
+    script = _script(folder / "setup.sh", folder / "work", job.setup)
+    for tries_left in reversed(range(_TRIES)):
+        failed = run_set_up(script, environment, folder / "setup.log", job.setup_limit_s, tick, secrets, keep)
+        if failed is None:
+            break
+        if not tries_left:
+            raise Unprepared(failed[1], failed[0])
+        _wait(_BETWEEN_S, tick, clock)
+    if cache is not None:
+        cache.keep(secrets)
 
 
 def _several(act: Callable[[], object], what: str, tick: Callable[[], None], clock: Clock) -> None:
@@ -115,34 +146,6 @@ def _script(path: Path, work: Path, text: str) -> tuple[str, ...]:
     path.write_text(f"cd {shlex.quote(str(work))}\n{text}\n", encoding="utf-8")
     path.chmod(0o700)
     return "bash", "-e", "-o", "pipefail", str(path)
-
-
-def _set_up(
-    script: tuple[str, ...], environment: Mapping[str, str], log: Path, limit_s: float, tick: Callable[[], None]
-) -> tuple[int, str] | None:
-    """Exit code and what was said; None: it is set up. The process is a real one, so its time is real too."""
-    with log.open("wb") as output:
-        try:
-            child = Child(script, environment, stdout=output.fileno(), stderr=output.fileno())
-        except HoldfastError as error:
-            raise Unprepared(f"the set-up: {error}", 1) from None
-        until_s = time.monotonic() + limit_s
-        late = False
-        try:
-            while not child.has_ended() and not late:
-                tick()
-                time.sleep(_LOOK_S)
-                late = time.monotonic() >= until_s
-        finally:
-            code = child.reap()
-    said = log.read_bytes()[-4 * _LAST_CHARACTERS :].decode(errors="replace")
-    sys.stderr.write(said)
-    if code == 0:
-        return None
-    last = "\n".join(said.splitlines()[-_LAST_LINES:])[-_LAST_CHARACTERS:]
-    how = f"took more than {limit_s:g} s" if late else f"failed with exit code {code}"
-    # Codes from 64 on, and of signals, mean something to whoever reads the last word.
-    return (code if 0 < code < 64 else 1), f"the set-up {how}: {last}"
 
 
 def _wait(seconds: float, tick: Callable[[], None], clock: Clock) -> None:

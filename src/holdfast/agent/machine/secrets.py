@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from holdfast.core.errors import HoldfastError, UsageError
 
-__all__ = ["hide", "resolve"]
+__all__ = ["Hider", "hide", "patterns_of", "resolve"]
 
 _MOST_BYTES = 64 << 10
 _ASK_S = 60.0
@@ -31,12 +31,42 @@ def resolve(name: str, reference: str, environment: Mapping[str, str]) -> str:
     return value
 
 
+def patterns_of(values: Mapping[str, str]) -> list[str]:
+    """What must not be seen: the values and their longer lines, the longest first."""
+    found = {
+        each for value in values.values() for each in (value, *value.splitlines()) if each == value or len(each) >= 6
+    }
+    return sorted(found, key=lambda each: (-len(each), each))
+
+
 def hide(text: str, values: Mapping[str, str]) -> str:
     """The text without the values, for what people are shown."""
-    for value in sorted(values.values(), key=len, reverse=True):
-        for each in {value, *(line for line in value.splitlines() if len(line) >= 6)}:
-            text = text.replace(each, "***")
+    for each in patterns_of(values):
+        text = text.replace(each, "***")
     return text
+
+
+class Hider:
+    """The same for output that comes in pieces, wherever it is cut. Thread safety: none."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        patterns = sorted((each.encode() for each in patterns_of(values)), key=len, reverse=True)
+        self._pattern = re.compile(b"|".join(map(re.escape, patterns))) if patterns else None
+        self._held_back = len(patterns[0]) - 1 if patterns else 0
+        self._waiting = b""
+
+    def pass_on(self, data: bytes, *, is_last: bool = False) -> bytes:
+        """What may be shown by now. The end waits for what may make a secret of it, until `is_last`."""
+        data = self._waiting + data
+        # Where fewer bytes follow than the longest pattern has, a longer one than the one that is found may still come.
+        limit = len(data) if is_last else max(0, len(data) - self._held_back)
+        shown, place = [], 0
+        while self._pattern is not None and (found := self._pattern.search(data, place)) and found.start() < limit:
+            shown += [data[place : found.start()], b"***"]
+            place = found.end()
+        end = max(place, limit)
+        self._waiting = data[end:]
+        return b"".join((*shown, data[place:end]))
 
 
 def _from_file(name: str, path: str) -> str:

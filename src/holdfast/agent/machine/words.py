@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Literal
 
 from holdfast.agent.machine.records import Records
@@ -30,9 +31,18 @@ _Kind = Literal["ready", "claimed", "notice", "withdrawn", "released"]
 class Words:
     """Thread safety: every method."""
 
-    def __init__(self, records: Records, launch: int, machine: str, boot_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        records: Records,
+        launch: int,
+        machine: str,
+        boot_s: float,
+        clock: Clock,
+        ring: Callable[[int], None] = lambda part: None,
+    ) -> None:
+        """`ring` is called with the number of each word once it is written; it returns at once."""
         self._records, self._launch, self._machine = records, launch, machine
-        self._boot_s, self._clock = boot_s, clock
+        self._boot_s, self._clock, self._ring = boot_s, clock, ring
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._waiting: deque[MachineWord] = deque()
         self._next = 0
@@ -72,6 +82,7 @@ class Words:
                     raise Fenced(
                         f"another machine speaks for launch {self._launch}: word {word.part} is not this one's"
                     )
+                self._ring(word.part)
                 with self._lock:
                     self._waiting.popleft()
 

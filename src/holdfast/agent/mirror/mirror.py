@@ -20,6 +20,7 @@ from holdfast.agent.mirror.folder import Names
 from holdfast.agent.mirror.opening import mend, open_folder
 from holdfast.agent.mirror.passes import Passes, Suspects
 from holdfast.checkpoint.format import CheckpointRef
+from holdfast.checkpoint.near import near_disk
 from holdfast.checkpoint.read import Fallback
 from holdfast.checkpoint.retain import Keep
 from holdfast.core.clock import Clock
@@ -28,6 +29,7 @@ from holdfast.core.errors import Fenced, HoldfastError, UsageError
 from holdfast.core.events import Event, Sink
 from holdfast.core.ids import TokenSource
 from holdfast.store.base import Store
+from holdfast.store.local import LocalStore
 
 __all__ = ["Mirror", "MirrorOptions"]
 
@@ -75,9 +77,12 @@ class Mirror:
         sink: Sink,
         say: Callable[[str], None],
         stop: Callable[[], None],
+        staged: str | None = None,
     ) -> None:
+        """`staged`: a folder of copies of the run's objects on this machine (core.contract.ENV_STAGED)."""
         self._options, self._url, self._open_store = options, url, open_store
         self._clock, self._tokens, self._sink, self._say, self._stop = clock, tokens, sink, say, stop
+        self._near = [near_disk(LocalStore(staged))] if staged else []
         # The folder itself, wherever a link to it leads: open files are compared by their real paths.
         self._root = options.folder.expanduser().resolve()
         self._reading = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="holdfast-mirror-read")
@@ -113,7 +118,7 @@ class Mirror:
         )  # fmt: skip
         restored = open_folder(
             passes, store, lineage.head, self._home, fresh=fresh, reading=self._reading, tokens=self._tokens, say=self._say,
-            fell_back=self._fell_back,
+            fell_back=self._fell_back, near=self._near,
         )  # fmt: skip
         if restored is None:
             return None

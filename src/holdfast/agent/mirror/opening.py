@@ -11,7 +11,7 @@ On a fresh machine (the folder is absent or empty) the newest state that verifie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from holdfast.agent.mirror.restore import clear_leftovers, put_back, restore_who
 from holdfast.agent.mirror.state import FolderState, read_state
 from holdfast.agent.mirror.whole import says_whole
 from holdfast.checkpoint.format import Head
+from holdfast.checkpoint.near import NearFor
 from holdfast.checkpoint.read import CheckpointReader, Fallback, restore_newest
 from holdfast.checkpoint.retain import StoreOpener
 from holdfast.core.config import format_bytes
@@ -42,8 +43,10 @@ def open_folder(
     tokens: TokenSource,
     say: Callable[[str], None],
     fell_back: Callable[[Fallback], None],
+    near: Sequence[NearFor] = (),
 ) -> CheckpointReader | None:
     """Restore, keep or mend, by the rules above. Returns the state that was restored, None when the folder stays as it was.
+    `near`: where on this machine copies may be.
 
     Raises RestoreError, and what the store raises.
     """
@@ -74,7 +77,7 @@ def open_folder(
         say(f"mirror: {root} restored: {len(state.files)} files, {size}, state {reader.ref.step} of {store.url}")
         return reader
 
-    restored = None if fresh else restore_newest(store, head, open_home, load, fell_back=fell_back)
+    restored = None if fresh else restore_newest(store, head, open_home, load, fell_back=fell_back, near=near)
     if restored is None:
         suspects = _suspects(passes, found, memory) if memory is not None and not fresh else None
         if suspects is not None and (suspects.torn or suspects.missing):

@@ -10,26 +10,20 @@ shutdown is the end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from holdfast.core.errors import HoldfastError, LaunchFailed, UsageError
+from holdfast.core.errors import HoldfastError, LaunchFailed
 from holdfast.core.failures import Failure
-from holdfast.core.launches import Allowed, client_token
 from holdfast.provider.aws.account import Refused
 from holdfast.provider.aws.instances import AwsInstances
-from holdfast.provider.aws.request import TAG, dollars
-from holdfast.provider.base import Machine, MachineSpec, Offer, Order, Wanted
+from holdfast.provider.aws.request import TAG
+from holdfast.provider.base import Machine, MachineSpec, Offer, Wanted
+from holdfast.provider.conformance import Finding, Script, carry_out, cheapest, dollars, within
 
-__all__ = ["Finding", "conformance", "worst_microusd"]
+__all__ = ["Finding", "conformance", "plan"]
 
-_MACHINES = 5
-"""Two, and three more where calls make what they must not."""
-_LONGEST_S = 1800
-"""Of one machine, dead-man timer and stop included."""
-_POLL_S = 5.0
 _OVERPRICE = 2
 """A spot price may rise while this runs: so much of today's is the ceiling."""
 _DEAD_MAN = "#!/bin/sh\nshutdown -h +15\n"
@@ -40,19 +34,13 @@ _LOOK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One promise. None: it could not be found out."""
-
-    name: str
-    ok: bool | None
-    said: str
-
-
-def worst_microusd(cloud: AwsInstances, offer: Offer, spec: MachineSpec) -> int:
-    """The most that a whole run of this script can cost."""
-    hourly = _OVERPRICE * offer.microusd_h + cloud.extras_microusd_h(spec, offer.pool.region)
-    return math.ceil(_MACHINES * hourly * _LONGEST_S / 3600)
+def plan(
+    cloud: AwsInstances, *, fleet: str, cap_microusd: int, wanted: Wanted, spec: MachineSpec, market: str = "spot"
+) -> Script:
+    """`fleet` must be a new name. UsageError when the cap is too small or nothing fits. Nothing is made yet."""
+    script = _AwsScript(cloud, fleet, cheapest(cloud, wanted, market), spec)
+    within(script, cap_microusd)
+    return script
 
 
 def conformance(
@@ -65,54 +53,37 @@ def conformance(
     market: str = "spot",
     say: Callable[[Finding], None] = lambda finding: None,
 ) -> list[Finding]:
-    """`fleet` must be a new name. UsageError when the cap is too small or nothing fits: then nothing was asked for."""
-    offers = [each for each in cloud.offers(wanted) if each.pool.market == market]
-    if not offers:
-        raise UsageError(
-            f"no {market} offer fits; name instance types, and a table of prices if AWS's own cannot be read"
-        )
-    offer = min(offers, key=lambda each: each.microusd_h)
-    worst = worst_microusd(cloud, offer, spec)
-    if worst > cap_microusd:
-        raise UsageError(
-            f"this can cost up to ${dollars(worst)} with {offer.pool.name}; the cap is ${dollars(cap_microusd)}"
-        )
-    if cloud.machines(fleet):
-        raise UsageError(f"there are machines of fleet {fleet!r}; give a name that nobody has used")
-    script = _Script(cloud, fleet, offer, spec)
-    found: list[Finding] = []
-    try:
-        for finding in script.findings():
-            found.append(finding)
-            say(finding)
-    finally:
-        script.clear()
-    last = script.nothing_left()
-    say(last)
-    return [*found, last]
+    """`plan`, and carry it out."""
+    script = plan(cloud, fleet=fleet, cap_microusd=cap_microusd, wanted=wanted, spec=spec, market=market)
+    return carry_out(script, say)
 
 
-class _Script:
+class _AwsScript(Script):
+    machines_at_most = 5
+    """Two, and three more where calls make what they must not."""
+    longest_s = 1800
+    """Dead-man timer and stop included."""
+
     def __init__(self, cloud: AwsInstances, fleet: str, offer: Offer, spec: MachineSpec) -> None:
-        self._cloud, self._fleet, self._offer, self._spec = cloud, fleet, offer, spec
+        super().__init__(cloud, fleet, offer, spec, _OVERPRICE * offer.microusd_h)
+        self._cloud, self._fleet, self._offer = cloud, fleet, offer
         self._region = offer.pool.region
 
     def findings(self) -> Iterator[Finding]:
-        """Stops at the first thing without which the rest makes no sense."""
-        order = self._order(1, _DEAD_MAN)
-        checks = self._cloud.preflight(order)
-        yield from (Finding(f"preflight: {each.name}", each.ok, each.said) for each in checks)
+        order = self.order(1, _DEAD_MAN)
+        checks = list(self.preflight(order))
+        yield from checks
         if any(each.ok is False for each in checks):
             return
         request = self._cloud.request(order)
         began = self._cloud.clock.monotonic_s()
         try:
-            machine = self._cloud.create(request)
+            machine = self.create(request)
         except HoldfastError as error:
             yield Finding("a machine is made", False, str(error))
             return
         yield Finding("a machine is made", True, f"{machine.id} in {machine.pool.name}")
-        yield self._listed(machine, began)
+        yield self.listed(machine, began)
         yield self._again(request, machine)
         yield from self._tokens(request, machine)
         yield from self._born(machine)
@@ -120,56 +91,8 @@ class _Script:
         yield from self._own_end()
         yield self._price_too_low()
 
-    def clear(self) -> None:
-        """Everything of this fleet ends, whatever was found."""
-        self._cloud.terminate([each for each in self._cloud.machines(self._fleet) if each.state != "gone"])
-        self._until(lambda: all(each.state == "gone" for each in self._cloud.machines(self._fleet)))
-        self._cloud.remove(self._cloud.leftovers(self._fleet))
-
-    def nothing_left(self) -> Finding:
-        self._until(lambda: not self._cloud.leftovers(self._fleet))
-        left = [f"{each.kind} {each.id}" for each in self._cloud.leftovers(self._fleet)]
-        left += [each.id for each in self._cloud.machines(self._fleet) if each.state != "gone"]
-        return Finding("nothing is left", not left, ", ".join(left) or "no machine, volume, address or template")
-
-    def _order(self, launch: int, script: str, ceiling: int | None = None) -> Order:
-        price = _OVERPRICE * self._offer.microusd_h if ceiling is None else ceiling
-        on_demand = self._offer.on_demand_microusd_h
-        allowed = Allowed(pool=self._offer.pool, ceiling_microusd_h=price, on_demand_microusd_h=on_demand)
-        return Order(
-            token=client_token(f"{self._fleet}/conformance", launch),
-            fleet=self._fleet,
-            run_id="conformance",
-            launch=launch,
-            allowed=(allowed,),
-            spec=self._spec,
-            user_data=script,
-            lifetime_s=_LONGEST_S,
-            expires_unix_s=int(self._cloud.clock.unix_s()) + 2 * _LONGEST_S,
-        )
-
-    def _until(self, true: Callable[[], bool]) -> bool:
-        for _ in range(int(_LONGEST_S / _POLL_S)):
-            if true():
-                return True
-            self._cloud.clock.sleep(_POLL_S)
-        return False
-
-    def _now(self, machine: Machine) -> Machine | None:
-        return next((each for each in self._cloud.machines(self._fleet) if each.id == machine.id), None)
-
-    def _living(self) -> list[str]:
-        return [each.id for each in self._cloud.machines(self._fleet) if each.state in ("pending", "running")]
-
-    def _listed(self, machine: Machine, began: float) -> Finding:
-        seen = self._until(lambda: self._now(machine) is not None)
-        after_s = self._cloud.clock.monotonic_s() - began
-        promised = self._cloud.guarantees.list_delay_s
-        said = f"{after_s:.0f} s after the call began; {promised} s are promised" if seen else "never"
-        return Finding("it is in the list by its tags", seen and after_s <= promised, said)
-
     def _again(self, request: Mapping[str, Any], machine: Machine) -> Finding:
-        again = self._cloud.create(request)
+        again = self.create(request)
         return Finding("the same request again", again.id == machine.id, f"{again.id} after {machine.id}")
 
     def _tokens(self, request: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
@@ -185,15 +108,20 @@ class _Script:
             ("the same call", "CreateFleet", same),
             ("its token with another call", "CreateFleet", other),
         ):
+            others: list[str] = []
             try:
-                answer = self._cloud.account.once("ec2", self._region, operation, call)
+                with self.asking():
+                    answer = self._cloud.account.once("ec2", self._region, operation, call)
                 ids = [id for each in answer.get("Instances") or () for id in each.get("InstanceIds", ())]
+                # The list may be late.
+                others = [each for each in ids if each != machine.id]
+                self.made += [replace(machine, id=each) for each in others]
                 said = f"fleet {answer.get('FleetId', '-')}, machines {', '.join(ids) or 'not named'}"
             except Refused as error:
                 said = error.code
             except HoldfastError as error:
                 said = str(error)
-            yield Finding(f"AWS to {what}", set(self._living()) == {machine.id}, said)
+            yield Finding(f"AWS to {what}", not others and self.living() == {machine.id}, said)
 
     def _born(self, machine: Machine) -> Iterator[Finding]:
         ask = self._cloud.account.ask
@@ -245,9 +173,7 @@ class _Script:
         """The way of the agent, the watchdog and the bootstrap: the guest shuts itself down."""
         began = self._cloud.clock.monotonic_s()
         try:
-            machine = self._cloud.create(
-                self._cloud.request(self._order(2, f"{_DEAD_MAN}{_LOOK}sleep 60\nshutdown -h now\n"))
-            )
+            machine = self.create(self._cloud.request(self.order(2, f"{_DEAD_MAN}{_LOOK}sleep 60\nshutdown -h now\n")))
         except HoldfastError as error:
             yield Finding("a second machine is made", None, str(error))
             return
@@ -261,14 +187,10 @@ class _Script:
         )
 
     def _ended(self, machine: Machine, by: str, began: float) -> Iterator[Finding]:
-        def is_gone() -> bool:
-            now = self._now(machine)
-            return now is None or now.state == "gone"
-
-        gone = self._until(is_gone)
+        gone = self.gone(machine)
         after_s = self._cloud.clock.monotonic_s() - began
         yield Finding(f"ended by {by}: it is gone", gone, f"{machine.id} after {after_s:.0f} s")
-        now = self._now(machine)
+        now = self.now(machine)
         if now is not None:
             yield Finding(f"ended by {by}: AWS says so", now.ended_by == by, str(now.ended_by))
             yield Finding(f"ended by {by}: and when", now.gone_unix_s is not None, str(now.gone_unix_s))
@@ -280,7 +202,7 @@ class _Script:
         if self._offer.pool.market != "spot":
             return Finding(name, None, "only spot has a ceiling")
         try:
-            machine = self._cloud.create(self._cloud.request(self._order(3, _DEAD_MAN, ceiling=100)))
+            machine = self.create(self._cloud.request(self.order(3, _DEAD_MAN, ceiling=100)))
         except LaunchFailed as failed:
             return Finding(name, failed.failure is Failure.NO_CAPACITY, str(failed))
         except HoldfastError as error:

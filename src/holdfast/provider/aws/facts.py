@@ -7,6 +7,7 @@ repeated call asks for the same image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -16,11 +17,18 @@ from holdfast.core.errors import ProviderError, UsageError
 from holdfast.core.launches import Allowed
 from holdfast.provider.aws.account import Account
 
-__all__ = ["AcceleratorFacts", "Facts", "ImageFacts", "Known", "TypeFacts", "image_wish"]
+__all__ = ["AcceleratorFacts", "Facts", "ImageFacts", "Known", "TypeFacts", "enabled_regions", "image_wish"]
 
+_ANY_REGION = "us-east-1"
 # Of Ubuntu 24.04, because holdfast needs Python 3.11: Amazon Linux 2023 has 3.9. It serves machines without a GPU as well.
 _DLAMI = "ssm:/aws/service/deeplearning/ami/{}/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
 _NEURON = "ssm:/aws/service/neuron/dlami/base/ubuntu-24.04/latest/image_id"
+
+
+def enabled_regions(account: Account) -> list[str]:
+    """Of this account. ProviderError."""
+    own = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _ANY_REGION
+    return sorted(each["RegionName"] for each in account.ask("ec2", own, "DescribeRegions")["Regions"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from holdfast.core.errors import ProviderError
 from holdfast.core.launches import Pool
-from holdfast.provider.aws.account import Account, Refused
+from holdfast.provider.aws.account import THROTTLES, Account, Refused
 from holdfast.provider.aws.prices import Prices
 from holdfast.provider.aws.request import TAG
 from holdfast.provider.base import Leftover, Machine
@@ -64,7 +64,7 @@ def machines(account: Account, prices: Prices, regions: Iterable[str], fleet: st
         told = _instances(account, region, tagged(**wanted))
         ends = _spot_ends(account, region, told)
         spot_types = {each["InstanceType"] for each in told if _market(each) == "spot" and _lives(each)}
-        spot = prices.spot(region, spot_types) if spot_types else {}
+        spot = _spot_prices(prices, region, spot_types)
         demand_types = {each["InstanceType"] for each in told if _market(each) == "on-demand" and _lives(each)}
         on_demand = prices.on_demand(region, demand_types)[0] if demand_types else {}
         for each in told:
@@ -72,6 +72,14 @@ def machines(account: Account, prices: Prices, regions: Iterable[str], fleet: st
             price = spot.get(key) if _market(each) == "spot" else on_demand.get(each["InstanceType"])
             found.append(machine_of(each, region, price, ends.get(each["InstanceId"])))
     return found
+
+
+def _spot_prices(prices: Prices, region: str, types: set[str]) -> Mapping[tuple[str, str], int]:
+    """A list is no worse for want of a price."""
+    try:
+        return prices.spot(region, types) if types else {}
+    except ProviderError:
+        return {}
 
 
 def machine_of(
@@ -123,12 +131,16 @@ def extend(account: Account, machine: Machine, expires_unix_s: int) -> None:
 
 
 def terminate(account: Account, machines: Sequence[Machine]) -> None:
+    """All are tried; ProviderError afterwards, with those that may not have been ended."""
     by_region: dict[str, list[str]] = {}
     for each in machines:
         by_region.setdefault(each.pool.region, []).append(each.id)
+    stayed: list[str] = []
     for region, ids in by_region.items():
         for start in range(0, len(ids), _AT_ONCE):
-            _terminate(account, region, ids[start : start + _AT_ONCE])
+            stayed += _terminate(account, region, ids[start : start + _AT_ONCE])
+    if stayed:
+        raise ProviderError("these may not have been ended; ask again: " + "; ".join(stayed))
 
 
 def leftovers(account: Account, prices: Prices, regions: Iterable[str], fleet: str) -> list[Leftover]:
@@ -189,16 +201,18 @@ def _beside(told: Mapping[str, Any]) -> list[str]:
     return [*disks, *interfaces, *([request] if request else [])]
 
 
-def _terminate(account: Account, region: str, ids: Sequence[str]) -> None:
-    """One id that is gone makes AWS refuse them all: then each is asked for alone."""
+def _terminate(account: Account, region: str, ids: Sequence[str]) -> list[str]:
+    """What stayed, and why. One that is gone, or protected, makes AWS refuse them all: then each is asked for alone."""
     try:
         account.ask("ec2", region, "TerminateInstances", InstanceIds=list(ids))
     except Refused as error:
+        if len(ids) > 1 and error.code not in THROTTLES:
+            return [line for each in ids for line in _terminate(account, region, [each])]
         if error.code not in ("InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed"):
-            raise
-        if len(ids) > 1:
-            for each in ids:
-                _terminate(account, region, [each])
+            return [f"{', '.join(ids)}: {error}"]
+    except ProviderError as error:
+        return [f"{', '.join(ids)}: {error}"]
+    return []
 
 
 def _spot_ends(account: Account, region: str, told: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, float]]:

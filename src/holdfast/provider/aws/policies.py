@@ -23,6 +23,7 @@ _LOOKS = (
     "ec2:DescribeInstances",
     "ec2:DescribeLaunchTemplates",
     "ec2:DescribeNetworkInterfaces",
+    "ec2:DescribeRegions",
     "ec2:DescribeSecurityGroups",
     "ec2:DescribeSpotInstanceRequests",
     "ec2:DescribeSpotPriceHistory",
@@ -38,9 +39,17 @@ _SERVICE_ROLES = ("spot.amazonaws.com", "ec2fleet.amazonaws.com")
 
 
 def controller_policy(
-    *, fleet: str, account: str, role: str, run_url: str, regions: Sequence[str] = ("*",), partition: str = "aws"
+    *,
+    fleet: str,
+    account: str,
+    role: str,
+    run_url: str,
+    home: str | None = None,
+    regions: Sequence[str] = ("*",),
+    partition: str = "aws",
 ) -> dict[str, Any]:
-    """What the controller needs. `role` is the machines' role by its name; `run_url` may be a prefix of many runs."""
+    """What the controller needs. `role` is the machines' role by its name; `run_url` may be a prefix of many runs; `home` is the
+    fleet's, where there is one."""
     arn = f"arn:{partition}"
     tagged = {"StringEquals": {f"aws:RequestTag/{TAG}fleet": fleet}}
     ours = {"StringEquals": {f"aws:ResourceTag/{TAG}fleet": fleet}}
@@ -96,17 +105,42 @@ def controller_policy(
             ours,
         ),
     ]
-    return _document([*ec2, *_roles(arn, account, role), *_whole_prefix(arn, run_url)])
+    stored = [*_whole_prefix(arn, run_url), *([] if home is None else _whole_prefix(arn, home, "Home"))]
+    return _document([*ec2, *_roles(arn, account, role), *stored])
 
 
-def machine_policy(*, run_url: str, partition: str = "aws") -> dict[str, Any]:
-    """What a machine needs: its own run's prefix, without the controller's words."""
+def machine_policy(
+    *, run_url: str, readable: Sequence[str] = (), home: str | None = None, partition: str = "aws"
+) -> dict[str, Any]:
+    """What a machine needs: its own run's prefix, without the controller's words. `readable`: URLs that it copies files from
+    (`file_mounts`), each a folder or one object. `home`: of its fleet, in whose inbox it leaves word."""
     arn = f"arn:{partition}"
     bucket, prefix = _bucket_and_prefix(run_url)
     words = [f"{arn}:s3:::{bucket}/{prefix}{folder}/*" for folder in ("launches", "control")]
     writes = ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:PutObject"]
     denied = {"Sid": "ControllersWords", "Effect": "Deny", "Action": writes, "Resource": words}
-    return _document([*_whole_prefix(arn, run_url), denied])
+    reads = [each for number, url in enumerate(readable, 1) for each in _reading(arn, number, url)]
+    rings = [] if home is None else [_ringing(arn, home)]
+    return _document([*_whole_prefix(arn, run_url), *reads, *rings, denied])
+
+
+def _ringing(arn: str, home: str) -> dict[str, Any]:
+    bucket, prefix = _bucket_and_prefix(home)
+    return _allow("Inbox", ["s3:PutObject"], [f"{arn}:s3:::{bucket}/{prefix}inbox/*"])
+
+
+def _reading(arn: str, number: int, url: str) -> list[dict[str, Any]]:
+    bucket, prefix = _bucket_and_prefix(url)
+    objects = [f"{arn}:s3:::{bucket}/{prefix}*", *([f"{arn}:s3:::{bucket}/{prefix[:-1]}"] if prefix else [])]
+    return [
+        _allow(f"Read{number}", ["s3:GetObject"], objects),
+        _allow(
+            f"ReadList{number}",
+            ["s3:ListBucket"],
+            [f"{arn}:s3:::{bucket}"],
+            {"StringLike": {"s3:prefix": [f"{prefix}*"]}},
+        ),
+    ]
 
 
 def machine_trust() -> dict[str, Any]:
@@ -126,13 +160,15 @@ def _roles(arn: str, account: str, role: str) -> list[dict[str, Any]]:
     ]
 
 
-def _whole_prefix(arn: str, run_url: str) -> list[dict[str, Any]]:
+def _whole_prefix(arn: str, run_url: str, what: str = "") -> list[dict[str, Any]]:
     bucket, prefix = _bucket_and_prefix(run_url)
     objects = ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:PutObject"]
     return [
-        _allow("Objects", objects, [f"{arn}:s3:::{bucket}/{prefix}*"]),
-        _allow("List", ["s3:ListBucket"], [f"{arn}:s3:::{bucket}"], {"StringLike": {"s3:prefix": [f"{prefix}*"]}}),
-        _allow("BucketRegion", ["s3:GetBucketLocation"], [f"{arn}:s3:::{bucket}"]),
+        _allow(f"{what}Objects", objects, [f"{arn}:s3:::{bucket}/{prefix}*"]),
+        _allow(
+            f"{what}List", ["s3:ListBucket"], [f"{arn}:s3:::{bucket}"], {"StringLike": {"s3:prefix": [f"{prefix}*"]}}
+        ),
+        _allow(f"{what}BucketRegion", ["s3:GetBucketLocation"], [f"{arn}:s3:::{bucket}"]),
     ]
 
 

@@ -104,6 +104,11 @@ class GcpInstances:
     def project(self) -> str:
         return self._given_project or self._calls.project()
 
+    @property
+    def calls(self) -> Calls:
+        """Google's APIs, for questions that are no business of `Instances`."""
+        return self._calls
+
     def offers(self, wanted: Wanted) -> list[Offer]:
         try:
             return self._market.offers(self.project, wanted)

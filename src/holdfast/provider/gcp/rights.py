@@ -36,15 +36,15 @@ def controller_role(title: str = "holdfast controller") -> dict[str, Any]:
     return {"title": title, "stage": "GA", "includedPermissions": list(CONTROLLER_PERMISSIONS)}
 
 
-def machine_bindings(run_url: str, service_account: str, readable: Sequence[str] = ()) -> list[dict[str, Any]]:
+def machine_bindings(
+    run_url: str, service_account: str, readable: Sequence[str] = (), *, home: str | None = None
+) -> list[dict[str, Any]]:
     """For the bucket's policy (version 3): the machine reads its run, and what else is named in `readable` (prefixes of the
-    same bucket); it writes its run, without `launches/` and `control/`: what it may do is said there.
+    same bucket); it writes its run, without `launches/` and `control/`: what it may do is said there. `home`: of its fleet,
+    in whose inbox it leaves word; where that is another bucket, the last binding is for its policy.
     """
-    parts = urlsplit(run_url)
-    prefix = parts.path.strip("/")
-    if parts.scheme != "gs" or not parts.netloc or not prefix:
-        raise UsageError(f"not a run in a bucket of Google Cloud Storage: {run_url!r}; like gs://bucket/runs/gpt")
-    objects = f"projects/_/buckets/{parts.netloc}/objects/"
+    bucket, prefix = _bucket_and_prefix(run_url)
+    objects = f"projects/_/buckets/{bucket}/objects/"
     prefixes = [f"{each.strip('/')}/" for each in (prefix, *readable)]
     if any('"' in each or "\\" in each for each in prefixes):
         raise UsageError(f"a prefix with quotation marks cannot be a condition: {prefixes}")
@@ -64,4 +64,23 @@ def machine_bindings(run_url: str, service_account: str, readable: Sequence[str]
             "members": member,
             "condition": {"title": "holdfast: writes its run, not what it may do", "expression": reads[0] + held},
         },
+        *([] if home is None else [_ringing(home, member)]),
     ]
+
+
+def _ringing(home: str, member: list[str]) -> dict[str, Any]:
+    bucket, prefix = _bucket_and_prefix(home)
+    inbox = f'resource.name.startsWith("projects/_/buckets/{bucket}/objects/{prefix}/inbox/")'
+    return {
+        "role": "roles/storage.objectUser",
+        "members": member,
+        "condition": {"title": "holdfast: leaves word in its fleet's inbox", "expression": inbox},
+    }
+
+
+def _bucket_and_prefix(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    prefix = parts.path.strip("/")
+    if parts.scheme != "gs" or not parts.netloc or not prefix or '"' in prefix or "\\" in prefix:
+        raise UsageError(f"not a prefix in a bucket of Google Cloud Storage: {url!r}; like gs://bucket/runs/gpt")
+    return parts.netloc, prefix

@@ -169,5 +169,9 @@ def _traced(trace: TraceConfig, folder: Path) -> tuple[Steps, Steps]:
 def _thinned(row: list[int], tick_s: int, speed: int) -> Steps:
     """Of ticks that fall into one second the last one counts."""
     seconds = {index * tick_s // speed: value for index, value in enumerate(row)}
-    kept = [(at, value) for (at, value), before in zip(seconds.items(), (None, *seconds.values()), strict=False) if value != before]
+    kept = [
+        (at, value)
+        for (at, value), before in zip(seconds.items(), (None, *seconds.values()), strict=False)
+        if value != before
+    ]
     return Steps(tuple(at for at, _ in kept), tuple(value for _, value in kept))

@@ -5,7 +5,7 @@ targets → objects that this rank wants ─ exchange → who fetches what ─ e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -32,10 +32,12 @@ _FETCH_S = 3600.0
 class ReadingTogether:
     """One try to restore a checkpoint. `close` once all ranks have read. Methods raise RanksApart."""
 
-    def __init__(self, together: Together, store: Store, name: str, *, run_id: str, attempt: int) -> None:
-        """`name`: of the checkpoint."""
+    def __init__(
+        self, together: Together, store: Store, name: str, *, run_id: str, attempt: int, at_hand: Collection[str] = ()
+    ) -> None:
+        """`name`: of the checkpoint. `at_hand`: objects that lie on this machine's disk, where each rank reads them itself."""
         self._together, self._store, self._name = together, store, name
-        self._run_id, self._attempt = run_id, attempt
+        self._run_id, self._attempt, self._at_hand = run_id, attempt, at_hand
         self._machine = "" if store.is_near else this_machine()
         self._cache: MachineCache | None = None
         self._has_agreed = False
@@ -46,7 +48,8 @@ class ReadingTogether:
 
     def prepare(self, reader: CheckpointReader, wanted: Sequence[Target], pool: ThreadPoolExecutor) -> None:
         """All ranks call it before they read, or `pass_by`. What the machine has then in memory, `reader` reads from there."""
-        sizes = reader.objects_of(wanted) if self._machine and reader.ref.home is None else {}
+        found = reader.objects_of(wanted) if self._machine and reader.ref.home is None else {}
+        sizes = {key: size_bytes for key, size_bytes in found.items() if key not in self._at_hand}
         ours = self._agree(sizes)
         if ours is not None and ours.is_shared:
             self._cache = MachineCache(ours.folder, sizes.keys())
