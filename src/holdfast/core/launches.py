@@ -3,6 +3,7 @@
     launches/<n>/intent      controller   number n is won by put-if-absent; the token and the exact request, before the call
     launches/<n>/answer      controller   what came of it: a machine, a failure, or void (nobody waits for it any more)
     launches/<n>/ended       controller   no machine of it is left, and what it has cost
+    control/reserved/<r>     controller   number r is won by put-if-absent: what a grant can cost is set aside before it is given
     control/<n>/grant-<k>    controller   a machine of this launch may work: so long, at this price at most. The longest one holds
     control/<n>/command-<k>  controller   stop, or go home
     control/cancel           anybody      the run is given up: nothing more is launched for it
@@ -41,6 +42,7 @@ __all__ = [
     "MachineWord",
     "Pool",
     "Pulse",
+    "Reservation",
     "answer_key",
     "client_token",
     "command_key",
@@ -50,6 +52,7 @@ __all__ = [
     "intent_key",
     "parse_key",
     "pulse_key",
+    "reservation_key",
     "word_key",
 ]
 
@@ -240,6 +243,17 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
     at_unix_s: float
 
 
+class Reservation(msgspec.Struct, frozen=True, kw_only=True):
+    """Money set aside for a grant. Whoever wins its number has known every one before it, so what is set aside in all never depends
+    on how many controllers live. Whoever finds one without its grant gives it."""
+
+    format: int
+    number: int
+    """From 1, without gaps."""
+    nonce: str
+    grant: GrantRecord
+
+
 def intent_key(launch: int) -> str:
     return f"launches/{launch:08d}/intent"
 
@@ -254,6 +268,10 @@ def ended_key(launch: int) -> str:
 
 def grant_key(launch: int, part: int) -> str:
     return f"control/{launch:08d}/grant-{part:06d}"
+
+
+def reservation_key(number: int) -> str:
+    return f"control/reserved/{number:08d}"
 
 
 def command_key(launch: int, part: int) -> str:
@@ -274,16 +292,19 @@ def pulse_key(launch: int) -> str:
 
 _KEY = re.compile(
     r"(?:launches/(?P<launches>\d{8})/(?P<record>intent|answer|ended)"
+    r"|control/(?P<reserved>reserved)/(?P<number>\d{8})"
     r"|control/(?P<control>\d{8})/(?P<order>grant|command)-(?P<order_part>\d{6})"
     r"|machines/(?P<machines>\d{8})/(?:(?P<said>holder|pulse)|word-(?P<word_part>\d{6})))"
 )
 
 
 def parse_key(key: str) -> tuple[str, int, int] | None:
-    """Kind of record, launch and part; None for what is none of these."""
+    """Kind of record, launch (0: of the run) and part; None for what is none of these."""
     found = _KEY.fullmatch(key)
     if found is None:
         return None
+    if found["reserved"]:
+        return "reserved", 0, int(found["number"])
     kind = found["record"] or found["order"] or found["said"] or "word"
     launch = int(found["launches"] or found["control"] or found["machines"])
     return kind, launch, int(found["order_part"] or found["word_part"] or 0)

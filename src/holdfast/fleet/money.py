@@ -10,7 +10,7 @@ from holdfast.fleet.view import LaunchView, RunView
 from holdfast.policy import budget
 from holdfast.policy.budget_facts import HOUR_S, BudgetLimits, BudgetState, Grant, LaunchAsk
 
-__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "limits_for", "used_s"]
+__all__ = ["as_grant", "ask_for", "budget_of", "grant_left_s", "limits_for", "owed", "used_s"]
 
 _SLICES = 4
 """A budget pays for at least so many slices."""
@@ -51,12 +51,14 @@ def limits_for(ask: LaunchAsk, terms: Terms) -> BudgetLimits:
 
 
 def budget_of(view: RunView) -> BudgetState:
-    """What is spent and reserved."""
+    """What is spent and reserved. What is set aside counts, whether its grant is given yet or not."""
     state = BudgetState()
+    for reservation in view.reservations:
+        state = budget.recall(state, as_grant(reservation.grant))
     for launch in view.launches:
         for record in launch.grants:
             state = budget.recall(state, as_grant(record))
-        if not launch.grants:
+        if state.of(launch.launch) is None:
             continue
         if launch.ended is not None:
             state = budget.ended(state, launch.launch, launch.ended.cost_microusd)
@@ -66,6 +68,13 @@ def budget_of(view: RunView) -> BudgetState:
         if launch.metered_s:
             state = budget.metered(state, launch.launch, launch.metered_s, launch.metered_microusd)
     return state
+
+
+def owed(view: RunView, launch: LaunchView) -> GrantRecord | None:
+    """A grant that was set aside and never given: whoever did so has died between the two. The longest one."""
+    given = {each.part for each in launch.grants}
+    missing = [each.grant for each in view.reservations if each.grant.launch == launch.launch]
+    return max((each for each in missing if each.part not in given), key=lambda each: each.lifetime_s, default=None)
 
 
 def used_s(launch: LaunchView, now_s: int) -> int:

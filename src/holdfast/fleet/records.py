@@ -26,6 +26,7 @@ from holdfast.core.launches import (
     Intent,
     MachineWord,
     Pulse,
+    Reservation,
     parse_key,
 )
 from holdfast.core.sealed import seal, unseal
@@ -38,13 +39,13 @@ __all__ = ["PREFIXES", "WORDS", "RunRecords"]
 
 _KINDS: dict[str, type[Record]] = {
     "intent": Intent, "answer": Answer, "ended": Ended, "grant": GrantRecord, "command": Command, "holder": Holder,
-    "word": MachineWord, "pulse": Pulse, "cancel": Cancel,
+    "word": MachineWord, "pulse": Pulse, "cancel": Cancel, "reserved": Reservation,
 }  # fmt: skip
 WORDS = ("machines/",)
 PREFIXES = (*WORDS, "control/", "launches/")
 """What machines say first: an older list of theirs never makes a later record of a controller look alone."""
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
-_Nonced = TypeVar("_Nonced", Intent, Answer, Ended, GrantRecord, Command, Cancel)
+_Nonced = TypeVar("_Nonced", Intent, Answer, Ended, GrantRecord, Command, Cancel, Reservation)
 
 
 class RunRecords:

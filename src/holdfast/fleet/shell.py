@@ -23,12 +23,14 @@ from holdfast.core.launches import (
     Ended,
     GrantRecord,
     Intent,
+    Reservation,
     answer_key,
     client_token,
     command_key,
     ended_key,
     grant_key,
     intent_key,
+    reservation_key,
 )
 from holdfast.core.sealed import FORMAT_VERSION
 from holdfast.fleet.instructions import Book, CallCreate, Close, End, Give, Instruction, Over, Propose, Tell
@@ -240,19 +242,34 @@ class Controller:
         return True
 
     def _give(self, given: Give) -> bool:
+        """Set aside first, under the next number: two controllers that count at the same moment cannot both win it."""
+        launch, now_s = given.grant.ask.launch, self._now_s()
+        reserved = self.view.reserved(launch, given.part)
+        if reserved is None:
+            number = self.view.next_reservation
+            ours = Reservation(
+                format=FORMAT_VERSION, number=number, nonce=self._records.nonce(), grant=self._grant_record(given),
+            )  # fmt: skip
+            won, reserved = self._records.write(reservation_key(number), ours)
+            self._take([Read(0, reserved, now_s)])
+            if not won:
+                self._read()
+                return True
+        won, found = self._records.write(grant_key(launch, given.part), reserved.grant)
+        self._take([Read(launch, found, now_s)])
+        if won:
+            self._emit("launch.granted", launch, lifetime_s=given.grant.lifetime_s, reasons=list(given.reasons))
+            self._extend(given)
+        return True
+
+    def _grant_record(self, given: Give) -> GrantRecord:
         ask = given.grant.ask
-        record = GrantRecord(
+        return GrantRecord(
             format=FORMAT_VERSION, launch=ask.launch, part=given.part, nonce=self._records.nonce(),
             lifetime_s=given.grant.lifetime_s, machine_microusd_h=ask.machine_microusd_h, extras_microusd_h=ask.extras_microusd_h,
             once_microusd=ask.once_microusd, nodes=ask.nodes, uses=ask.uses, outside_s=ask.outside_s, grace_s=ask.grace_s,
             minimum_s=ask.minimum_s, least_s=ask.least_s, wants_s=ask.wants_s,
         )  # fmt: skip
-        won, found = self._records.write(grant_key(ask.launch, given.part), record)
-        self._take([Read(ask.launch, found, self._now_s())])
-        if won:
-            self._emit("launch.granted", ask.launch, lifetime_s=given.grant.lifetime_s, reasons=list(given.reasons))
-            self._extend(given)
-        return True
 
     def _extend(self, given: Give) -> None:
         """The tag by which leaks are found follows the grant. Where that fails, the next renewal tries again."""

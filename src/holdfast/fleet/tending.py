@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from holdfast.fleet.instructions import Book, CallCreate, Close, End, Give, Instruction, Over, Tell
-from holdfast.fleet.money import as_grant, ask_for, budget_of, grant_left_s, limits_for, used_s
+from holdfast.fleet.money import as_grant, ask_for, budget_of, grant_left_s, limits_for, owed, used_s
 from holdfast.fleet.phases import Phase, is_absent, is_superseded, phase_of
 from holdfast.fleet.terms import Terms
 from holdfast.fleet.view import LaunchView, RunView
@@ -77,6 +77,8 @@ def _asked(view: RunView, launch: LaunchView, terms: Terms, now_s: int) -> list[
         )
     if not launch.won and age_s < _OTHERS_S:
         return []
+    if given := _give_owed(view, launch):
+        return given
     if not launch.grants:
         ask = ask_for(launch.launch, intent.allowed, terms)
         _, decision = budget.grant(budget_of(view), limits_for(ask, terms), ask)
@@ -158,6 +160,8 @@ def _why_end(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase:
 
 
 def _renew(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase: Phase) -> list[Instruction]:
+    if given := _give_owed(view, launch):
+        return given
     if not launch.grants:
         return [_end(launch, _named(launch), "it has no grant")]
     limits = limits_for(as_grant(launch.grants[0]).ask, terms)
@@ -167,6 +171,13 @@ def _renew(view: RunView, launch: LaunchView, terms: Terms, now_s: int, phase: P
     if isinstance(decision, StopNow):
         return [*tell(launch, "stop" if phase is Phase.WORKING else "home", decision.reasons)]
     return []
+
+
+def _give_owed(view: RunView, launch: LaunchView) -> list[Instruction]:
+    record = owed(view, launch)
+    if record is None:
+        return []
+    return [Give(part=record.part, grant=as_grant(record), reasons=("it was set aside, and not given yet",))]
 
 
 def tell(launch: LaunchView, kind: Literal["stop", "home"], reasons: tuple[str, ...]) -> tuple[Instruction, ...]:

@@ -11,7 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
-from holdfast.core.launches import Answer, Cancel, Command, Ended, GrantRecord, Holder, Intent, MachineWord, Pulse
+from holdfast.core.launches import (
+    Answer,
+    Cancel,
+    Command,
+    Ended,
+    GrantRecord,
+    Holder,
+    Intent,
+    MachineWord,
+    Pulse,
+    Reservation,
+)
 from holdfast.policy.market.facts import PolicyState
 from holdfast.provider.base import Machine, Offer
 
@@ -31,7 +42,9 @@ __all__ = [
 ]
 
 _Parted = TypeVar("_Parted", GrantRecord, Command, MachineWord)
-Record: TypeAlias = Intent | Answer | Ended | GrantRecord | Command | Holder | MachineWord | Pulse | Cancel
+Record: TypeAlias = (
+    Intent | Answer | Ended | GrantRecord | Command | Holder | MachineWord | Pulse | Cancel | Reservation
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +141,8 @@ class MarketView:
 class RunView:
     launches: tuple[LaunchView, ...] = ()
     """By number, without gaps in what was read."""
+    reservations: tuple[Reservation, ...] = ()
+    """By number."""
     cancel: Cancel | None = None
     offers: tuple[Offer, ...] = ()
     offered_s: int | None = None
@@ -140,6 +155,15 @@ class RunView:
     def with_launch(self, launch: LaunchView) -> RunView:
         others = [each for each in self.launches if each.launch != launch.launch]
         return replace(self, launches=tuple(sorted([*others, launch], key=lambda each: each.launch)))
+
+    def reserved(self, launch: int, part: int) -> Reservation | None:
+        """What is set aside for this grant."""
+        found = (each for each in self.reservations if (each.grant.launch, each.grant.part) == (launch, part))
+        return next(found, None)
+
+    @property
+    def next_reservation(self) -> int:
+        return 1 + max((each.number for each in self.reservations), default=0)
 
     @property
     def next_launch(self) -> int:
@@ -219,6 +243,9 @@ def see(view: RunView, event: Event) -> RunView:
 def _read(view: RunView, launch: int, record: Record, at_s: int) -> RunView:
     if isinstance(record, Cancel):
         return replace(view, cancel=record)
+    if isinstance(record, Reservation):
+        numbered = {each.number: each for each in view.reservations} | {record.number: record}
+        return replace(view, reservations=tuple(numbered[number] for number in sorted(numbered)))
     known = view.of(launch)
     match record:
         case Intent():
