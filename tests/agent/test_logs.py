@@ -181,10 +181,10 @@ def test_age_closes_a_segment_without_being_asked() -> None:
     keeper.close(EVER_S)
 
 
-@pytest.mark.parametrize("key", ["logs/1/x.log", "logs/000001/0123456789-zz-0001-00000001.log", "data/1/x"])
+@pytest.mark.parametrize("key", ["logs/1/x.log", "logs/000001/0123456789000-zz-0001-00000001.log", "data/1/x"])
 def test_other_peoples_names_are_no_segments(key: str) -> None:
     assert parse_log_key(key) is None
-    segment = LogSegment(3, "1795260651-ab12-0001", 9)
+    segment = LogSegment(3, "1795260651000-ab12-0001", 9)
     assert parse_log_key(segment.key) == segment
 
 
@@ -195,7 +195,7 @@ class Stop(Exception):
 def test_following_a_machine_that_leaves_while_the_next_is_made_ready_shows_both() -> None:
     """The set-up of the coming attempt is there before the last lines of this one."""
     store, out = new_store(), io.BytesIO()
-    leaving, coming = LogSegment(1, "1795260651-ab12-0001", 0), LogSegment(2, "1795269999-cd34-0000", 0)
+    leaving, coming = LogSegment(1, "1795260651000-ab12-0001", 0), LogSegment(2, "1795269999000-cd34-0000", 0)
 
     class Story(SystemClock):
         polls = 0
@@ -226,7 +226,7 @@ def test_following_shows_new_segments_new_attempts_and_nothing_twice() -> None:
 
         def sleep(self, seconds: float) -> None:
             self.polls += 1
-            first, second = "1795260651-ab12-0001", "1795269999-cd34-0001"
+            first, second = "1795260651000-ab12-0001", "1795269999000-cd34-0001"
             if self.polls == 2:
                 write(1, first, 0, b"a")
             if self.polls == 3:

@@ -29,7 +29,7 @@ from holdfast.store.base import Store
 __all__ = ["PREFIX", "LogKeeper", "LogLimits", "LogSegment", "parse_log_key"]
 
 PREFIX = "logs/"
-_NAME = re.compile(r"logs/(\d+)/(\d{10,}-[0-9a-f]+-\d+)-(\d+)\.log")
+_NAME = re.compile(r"logs/(\d+)/(\d{13,}-[0-9a-f]+-\d+)-(\d+)\.log")
 _LOOK_S = 1.0
 """How often the thread looks at the age of the current segment."""
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -116,7 +116,7 @@ class LogKeeper:
         with self._changed:
             self._close_current()
             self._start = start
-            self._series[start] = f"{max(0, int(self._clock.unix_s())):010d}-{self._token}-{start:04d}"
+            self._series[start] = f"{max(0, int(1000 * self._clock.unix_s())):013d}-{self._token}-{start:04d}"
 
     def label(self, start: int, attempt: int) -> None:
         """Which attempt of the run this start is. Nothing of it is sent before that is known; the first word holds."""
