@@ -134,5 +134,6 @@ def test_drilled(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_drilled_on_two_ranks(tmp_path: Path, kind: str, launcher: str) -> None:
-    """Scenarios that judge by exit codes, or stop a group of processes, need a launcher that hands them on: Lightning's does."""
-    drilled(tmp_path, command_of(launcher, script_of(kind)), SCENARIOS if launcher == "alone" else ["kill"], 1)
+    """torchrun and `accelerate launch` have exit codes of their own: what their ranks record counts."""
+    scenarios = SCENARIOS if launcher == "alone" else ["kill", "sigterm", "sigterm-group", "two"]
+    drilled(tmp_path, command_of(launcher, script_of(kind)), scenarios, 1)

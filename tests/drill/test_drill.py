@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import eventually
 
 from holdfast.core.contract import EXIT_INTERRUPTED
 from holdfast.drill.scenarios import SCENARIOS
@@ -69,6 +70,34 @@ def test_a_sound_script_passes(tmp_path: Path, scenarios: tuple[str, ...]) -> No
     assert 76 in verdict_of(report, "two")["exit_codes"]
     assert verdict_of(report, "two")["exit_codes"].count(0) == 1
     assert verdict_of(report, "torn")["lost_steps"] > 0
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+
+
+@pytest.mark.long
+def test_under_a_launcher_with_exit_codes_of_its_own(tmp_path: Path) -> None:
+    """What counts is what its rank has recorded, and every signal reaches that rank, which has a session of its own."""
+    scenarios = ("kill", "notice-30", "sigterm", "sigterm-group", "torn", "store", "two")
+    report, code = play(tmp_path, scenarios, *TORCHRUN, str(HERE / "good.py"), "100")
+    assert code == 0, [verdict["faults"] for verdict in report["verdicts"]]
+    for name in scenarios:
+        verdict = verdict_of(report, name)
+        assert verdict["status"] == ("skipped" if name == "store" else "passed"), verdict
+    for name, told in (("sigterm", 75), ("sigterm-group", 75), ("two", 76)):
+        verdict = verdict_of(report, name)
+        assert sorted(verdict["exit_codes"]) == [0, 1]
+        assert f"its ranks recorded that they left with {told}" in " ".join(verdict["notes"])
+
+
+@pytest.mark.long
+def test_a_fault_under_a_launcher(tmp_path: Path) -> None:
+    report, code = play(tmp_path, ("sigterm",), *TORCHRUN, str(HERE / "faulty.py"), "exit 0", "100")
+    assert code == 1
+    assert verdict_of(report, "reference")["status"] == "passed", report
+    said = " ".join(verdict_of(report, "sigterm")["faults"])
+    assert "exit code 1 instead of 0 or 75" in said
+    assert "stands at step" in said
 
 
 @pytest.mark.long
@@ -163,10 +192,10 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], said: str) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
-    """No process and no folder stays; under the agent there are two to end."""
+    """No process and no folder stays, and none in a session of its own, as a launcher's ranks are."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import os, time\nfrom pathlib import Path\n"
+        "import os, time\nfrom pathlib import Path\nif os.fork():\n    os.wait()\nos.setsid()\n"
         f"Path({str(tmp_path / 'started')!r}).write_text(str(os.getpid()))\ntime.sleep(3600)\n"
     )
     with start(tmp_path, "--", sys.executable, "train.py") as process:
@@ -180,7 +209,8 @@ def test_stopped_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     assert process.returncode == (EXIT_INTERRUPTED if number == signal.SIGINT else 128 + number), said
     assert "Traceback" not in said
     assert list((tmp_path / "tmp").iterdir()) == []
-    assert not Path(f"/proc/{started.read_text()}").exists()
+    stat = Path(f"/proc/{started.read_text()}/stat")
+    eventually(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_as_a_fixture(tmp_path: Path) -> None:

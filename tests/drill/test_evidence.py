@@ -119,6 +119,19 @@ def test_steps_are_counted_along_the_surviving_lineage() -> None:
     assert "without a checkpoint" in begun
 
 
+def test_how_each_attempt_says_that_it_left() -> None:
+    told = [
+        event(1, "attempt.leaving", code=75, drained=True, notice_to_durable_s=0.25),
+        event(2, "attempt.leaving", code=75, drained=False, notice_to_durable_s=None),
+        event(3, "attempt.failed", error="RuntimeError: no"),
+        event(4, "attempt.fenced", error="Fenced: by 5"),
+        event(5, "attempt.finished"),
+    ]
+    story = story_of(told)
+    assert story.ends == {1: 75, 2: 75, 4: 76, 5: 0}
+    assert story.notice_to_durable_s == 0.25
+
+
 def test_the_first_figure_that_differs_and_where_its_attempt_began() -> None:
     losses = [event(1, "metrics", step=k, values={"loss": k / 2}) for k in range(9)]
     before = story_of([event(1, "attempt.started", step=0, restored=None), *losses])

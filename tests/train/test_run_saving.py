@@ -275,6 +275,36 @@ def test_sigterm_while_waiting_for_data_leaves_without_it() -> None:
     assert steps(stores)[-1] == 3
 
 
+@pytest.mark.parametrize("told", ["waiting", "evaluating", "before"])
+def test_a_second_sigterm_does_not_break_off_the_last_save(told: str) -> None:
+    """A launcher passes on what its whole group has got: ranks hear it twice."""
+    noticed = []
+
+    def during_the_save(operation: Operation) -> bool:
+        if noticed and operation.key.startswith("data/"):
+            strike()
+        return False
+
+    def notice(where: str) -> None:
+        if told == where:
+            noticed.append(where)
+            strike()
+
+    def batches() -> Iterator[int]:
+        yield from (1, 2)
+        notice("waiting")
+
+    stores, _ = failing(during_the_save)
+    with pytest.raises(Preempted), opened(stores) as run:
+        for _ in run.batches(batches()):
+            pass
+        notice("before")
+        with run.evaluating():
+            notice("evaluating")
+    assert noticed
+    assert steps(stores) == [2]
+
+
 def test_sigterm_between_loops_leaves_at_the_end_of_the_epoch() -> None:
     stores = Stores()
     after = []

@@ -4,7 +4,7 @@
                                                      ─ agent → Agent ┴→ Life: one start of the command; its page of progress
 
 What the command writes goes through a pipe into `log`, so that limits on files never hit its prints. `Crew` knows every process
-that was started and ends them all, whatever happens.
+that was started and ends them all, with their families (family.py), whatever happens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -34,12 +33,15 @@ from holdfast.core.contract import (
     ProgressPage,
 )
 from holdfast.core.errors import HoldfastError, UsageError
+from holdfast.drill.family import MARK, has_launched_ranks, kill_all, signal_all
 
 __all__ = ["Agent", "Bare", "Course", "Crew", "Life", "Stuck"]
 
 _LOOK_S = 0.002
 _END_S = 5.0
 _TAIL_BYTES = 8192
+_LAUNCHERS_OWN = 1
+"""Exit code of torchrun and `accelerate launch` whenever a rank has left with another code than 0, or they were told to go."""
 _AGENTS_LINE = re.compile(r"holdfast: (attempt \d+ ended|  )")
 
 
@@ -57,19 +59,22 @@ class Crew:
         self._ends.append(end)
 
     def end_all(self) -> None:
-        """SIGKILL to what is left of them, and to everything in their groups."""
+        """SIGKILL to what is left of them, and to everything that they have led to."""
         while self._ends:
             self._ends.pop()()
 
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One start of the command. Steps are -1 where nothing is known; `first_step_s` counts from the start of the process."""
+    """One start of the command. Steps are -1 where nothing is known; `first_step_s` counts from the start of the process.
+    `attempt`: the last that it has claimed, 0 for none. `launched`: it has not trained itself, but started what did as a rank."""
 
     pid: int
     started_s: float
     page: ProgressPage | None
     claimed: bool = False
+    attempt: int = 0
+    launched: bool = False
     restored_step: int = -1
     reached_step: int = -1
     phase: Phase = Phase.STARTING
@@ -85,10 +90,19 @@ class Life:
                 progress = self.page.read()
         if progress is None:
             return
-        self.claimed = True
+        if not self.claimed:
+            self.claimed, self.launched = True, has_launched_ranks(self.pid)
+        self.attempt = progress.attempt
         self.phase, self.restored_step, self.reached_step = progress.phase, progress.restored_step, progress.step
         if self.first_step_s is None and progress.restored_step >= 0 and progress.step > progress.restored_step:
             self.first_step_s, self.first_step_at_s = now_s - self.started_s, now_s
+
+    def left_with(self, recorded: Mapping[int, int]) -> int | None:
+        """Its exit code; where that is a launcher's, which does not hand on what its ranks leave with, the one that these have
+        `recorded` in the ledger, by attempt. Nothing replaces a launcher that was killed or says that it is done."""
+        if self.launched and self.exit_code == _LAUNCHERS_OWN:
+            return recorded.get(self.attempt, self.exit_code)
+        return self.exit_code
 
     @property
     def trains(self) -> bool:
@@ -141,15 +155,15 @@ class Course:
 
 
 class _Process:
-    """Something started for a course, its output kept, in a session of its own."""
+    """Something started for a course, its output kept, in a session of its own, with a mark that its family inherits."""
 
     def __init__(self, course: Course, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.course = course
+        self.course, self._mark = course, f"{course.folder}/{len(course.lives) + 1}"
         course.work.mkdir(parents=True, exist_ok=True)
         try:
             self._process = subprocess.Popen(
-                list(command), cwd=course.work, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                list(command), cwd=course.work, env={**environment, MARK: self._mark}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             raise UsageError(
@@ -201,18 +215,14 @@ class _Process:
 
     def _collect(self) -> int:
         code = self._process.wait()
-        self.kill_group(self._process.pid)
+        kill_all(self._process.pid, self._mark)
         self._reader.join(_END_S)
         self.look()
         return code
 
-    def kill_group(self, pid: int, number: int = signal.SIGKILL) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, number)
-
     def end(self) -> None:
         if self._process.poll() is None:
-            self.kill_group(self._process.pid)
+            kill_all(self._process.pid, self._mark)
         self._collect()
         if self._process.stdout is not None and not self._reader.is_alive():
             self._process.stdout.close()
@@ -249,8 +259,9 @@ class Bare(_Process):
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def signal_group(self, number: int) -> None:
-        self.kill_group(self.pid, number)
+    def signal_all(self, number: int) -> None:
+        """To everything that it has led to, loader workers and a launcher's ranks included."""
+        signal_all(self.pid, number)
 
 
 class Agent(_Process):
@@ -295,22 +306,12 @@ class Agent(_Process):
         return self._current
 
     def kill_command(self) -> Life | None:
-        """SIGKILL the command with its whole group, as a machine that vanishes does. None when it does not run."""
+        """SIGKILL the command with all that it has started, as a machine that vanishes does. None when it does not run."""
         life = self._current
         if life is None:
             return None
-        self.kill_group(life.pid)
+        kill_all(life.pid)
         return life
-
-    def end(self) -> None:
-        """The agent's command has a session of its own."""
-        if self._process.poll() is None:
-            # Stopped first, so that nothing is started between the two kills.
-            self.kill_group(self._process.pid, signal.SIGSTOP)
-            self.look()
-            if self._current is not None:
-                self.kill_group(self._current.pid)
-        super().end()
 
 
 def _events(report: Path) -> list[dict[str, Any]]:

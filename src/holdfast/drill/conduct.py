@@ -228,7 +228,9 @@ class _Drill:
         story = story_of(read_events(store))
         startup_s = life.first_step_s or 0.0
         step_s = max(0.0, run_s - startup_s) / state.step
-        return _Ended(state, story, Baseline(state.step, run_s, step_s, story.evaluation_s > 0), startup_s)
+        return _Ended(
+            state, story, Baseline(state.step, run_s, step_s, story.evaluation_s > 0, life.launched), startup_s
+        )
 
     def _compare_references(self, first: _Ended, second: _Ended) -> tuple[Yardstick, Verdict]:
         options, differences = self._options, compare(second.state, first.state)

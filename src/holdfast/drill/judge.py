@@ -89,7 +89,7 @@ def judge(name: str, evidence: Evidence) -> Verdict:
         scenario=name,
         status=Status.FAILED if faults else Status.PASSED,
         faults=tuple(faults),
-        notes=tuple(dict.fromkeys(record.notes)),
+        notes=tuple(dict.fromkeys([*record.notes, *_launchers_codes(evidence)])),
         interruptions=len(record.strikes),
         exit_codes=tuple(life.exit_code for life in lives if life.exit_code is not None),
         same_state=evidence.differences is not None and not evidence.differences and evidence.finished,
@@ -117,7 +117,7 @@ def _wrong_ends(evidence: Evidence) -> list[str]:
         is_last = number == len(evidence.lives)
         strike = struck.get(id(life))
         right = strike.right_codes if strike is not None else frozenset({EXIT_DONE, EXIT_PREEMPTED})
-        code = life.exit_code
+        code = life.left_with(evidence.story.ends)
         if code == EXIT_DONE and not is_last and not (strike and EXIT_FENCED in strike.right_codes):
             faults.append(
                 f"attempt {number} left with exit code 0 after {_steps(life.reached_step, 'step')}, and the run is not finished: "
@@ -127,6 +127,16 @@ def _wrong_ends(evidence: Evidence) -> list[str]:
         elif code is not None and code not in right:
             faults.append(f"attempt {number}: {_wrong_end(code, right, life.last_words)}")
     return faults
+
+
+def _launchers_codes(evidence: Evidence) -> list[str]:
+    """Where the exit codes that are shown are a launcher's, what its ranks have recorded."""
+    pairs = [(life.exit_code, life.left_with(evidence.story.ends)) for life in evidence.lives]
+    return [
+        f"exit code {shown} is the launcher's own: its ranks recorded that they left with {told}"
+        for shown, told in pairs
+        if shown != told
+    ]
 
 
 def _wrong_end(code: int, right: frozenset[int], tail: str) -> str:
@@ -142,7 +152,8 @@ def _wrong_end(code: int, right: frozenset[int], tail: str) -> str:
 
 
 def _unfinished(evidence: Evidence) -> list[str]:
-    if any(life.exit_code not in (EXIT_DONE, EXIT_PREEMPTED, None) for life in evidence.lives[-1:]):
+    last = [life.left_with(evidence.story.ends) for life in evidence.lives[-1:]]
+    if any(code not in (EXIT_DONE, EXIT_PREEMPTED, None) for code in last):
         return [f"the run is not finished: it stands at step {evidence.step} of {evidence.goal}"]
     return [f"the command is done, but the run is not finished: it stands at step {evidence.step} of {evidence.goal}"]
 

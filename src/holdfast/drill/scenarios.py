@@ -21,6 +21,7 @@ from pathlib import Path
 from holdfast.core.config import format_duration
 from holdfast.core.contract import EXIT_DONE, EXIT_FENCED, EXIT_PREEMPTED, Phase
 from holdfast.drill.attempt import Agent, Bare, Course, Life
+from holdfast.drill.story import ends_at
 from holdfast.drill.tear import tear_newest
 
 __all__ = ["SCENARIOS", "Baseline", "Record", "Scenario", "Skipped", "Strike"]
@@ -45,6 +46,8 @@ class Baseline:
     run_s: float
     step_s: float
     evaluates: bool
+    launched: bool = False
+    """By torchrun or the like, which has exit codes of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,15 @@ def finish(course: Course, attempt: Bare | None = None) -> None:
     """Start the command as often as it says that it was only preempted, until it ends otherwise."""
     code = EXIT_PREEMPTED
     while code == EXIT_PREEMPTED:
-        code = (attempt or course.start()).wait()
+        code = _end_of(attempt or course.start())
         attempt = None
+
+
+def _end_of(attempt: Bare) -> int:
+    """Once it has ended: what it left with, or its ranks."""
+    code = attempt.wait()
+    told = attempt.life.left_with(ends_at(Path(attempt.course.url)))
+    return code if told is None else told
 
 
 def _one_after_the_other(
@@ -122,8 +132,7 @@ def _one_after_the_other(
         if not _reaches(attempt, moment, baseline.step_s) or not strike(attempt):
             attempt.wait()
             return
-        code = attempt.wait()
-        if code not in (EXIT_PREEMPTED, EXIT_DONE, -signal.SIGTERM):
+        if _end_of(attempt) not in (EXIT_PREEMPTED, EXIT_DONE, -signal.SIGTERM):
             return
         more = before_next(number)
     finish(course, course.start(**(more or {})))
@@ -179,11 +188,15 @@ def _notice(lead_s: float) -> Play:
             code = agent.wait()
             took_s = course.clock.monotonic_s() - begun_s
             # The agent may end what has saved and is on its way out; what a launcher sees is the agent's own code.
-            record.struck(life, EXIT_PREEMPTED, EXIT_DONE, -signal.SIGTERM)
+            right = (EXIT_PREEMPTED, EXIT_DONE, -signal.SIGTERM)
+            # A launcher needs a second or more to go once its ranks have saved and left. Whether they had is told by lost steps.
+            record.struck(life, *right, *([-signal.SIGKILL] if baseline.launched else []))
             if code not in (EXIT_PREEMPTED, EXIT_DONE):
                 record.faults.append(f"the agent left with exit code {code} instead of {EXIT_PREEMPTED}")
             if took_s > given_s:
-                record.faults.append(f"it ended {format_duration(took_s - given_s)} after the deadline")
+                (record.notes if baseline.launched else record.faults).append(
+                    f"it ended {format_duration(took_s - given_s)} after the deadline"
+                )
             if code == EXIT_DONE:
                 record.notes.append("the training was over before the deadline")
                 return record
@@ -209,7 +222,7 @@ def _sigterm_group(course: Course, baseline: Baseline, luck: Sequence[float]) ->
     record = Record()
 
     def strike(attempt: Bare) -> bool:
-        attempt.signal_group(signal.SIGTERM)
+        attempt.signal_all(signal.SIGTERM)
         record.struck(attempt.life, EXIT_PREEMPTED, EXIT_DONE)
         return True
 
@@ -265,17 +278,23 @@ def _torn(course: Course, baseline: Baseline, luck: Sequence[float]) -> Record:
     return record
 
 
+def _needs_their_exit_codes(baseline: Baseline) -> None:
+    if baseline.launched:
+        raise Skipped("the launcher has an exit code of its own, and its ranks have nowhere to record theirs")
+
+
 def _store(course: Course, baseline: Baseline, luck: Sequence[float]) -> Record:
     """The folder goes away, as a file system does that loses its server, and comes back after the command has left."""
+    _needs_their_exit_codes(baseline)
     record, away = Record(), Path(course.url + ".away")
 
     def strike(attempt: Bare) -> bool:
         # Stopped meanwhile: between the two lines below it would find no folder and make one.
-        attempt.signal_group(signal.SIGSTOP)
+        attempt.signal_all(signal.SIGSTOP)
         os.rename(course.url, away)
         Path(course.url).touch()
         attempt.signal(signal.SIGTERM)
-        attempt.signal_group(signal.SIGCONT)
+        attempt.signal_all(signal.SIGCONT)
         record.struck(attempt.life, EXIT_PREEMPTED, may_lose=True)
         return True
 
@@ -294,6 +313,7 @@ def _store(course: Course, baseline: Baseline, luck: Sequence[float]) -> Record:
 
 def _full_disk(course: Course, baseline: Baseline, luck: Sequence[float]) -> Record:
     """No file may grow beyond a few bytes: every write of a checkpoint fails as on a full disk."""
+    _needs_their_exit_codes(baseline)
     record = Record()
 
     def strike(attempt: Bare) -> bool:
@@ -317,12 +337,12 @@ def _two(course: Course, baseline: Baseline, luck: Sequence[float]) -> Record:
     for moment in _moments(baseline, luck):
         if not _reaches(running, moment, baseline.step_s):
             break
-        running.signal_group(signal.SIGSTOP)
+        running.signal_all(signal.SIGSTOP)
         sleeper, running = running, course.start()
         sleepers.append(sleeper)
         record.struck(sleeper.life, EXIT_FENCED, may_lose=True)
         running.wait_until(partial(_has_claimed, running.life))
-        sleeper.signal_group(signal.SIGCONT)
+        sleeper.signal_all(signal.SIGCONT)
     finish(course, running)
     for sleeper in sleepers:
         sleeper.wait()

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from holdfast.ledger.read import Recorded
+from holdfast.core.contract import EXIT_DONE, EXIT_FENCED
+from holdfast.ledger.read import Recorded, read_events
+from holdfast.store.local import LocalStore
 
-__all__ = ["FigureChange", "Start", "Story", "differing_figures", "miscounted", "story_of"]
+__all__ = ["FigureChange", "Start", "Story", "differing_figures", "ends_at", "miscounted", "story_of"]
+
+_CODES = {"attempt.finished": EXIT_DONE, "attempt.fenced": EXIT_FENCED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class Story:
     commits: Mapping[str, tuple[int, int]]
     """By checkpoint: who committed it, and its step."""
     figures: Mapping[tuple[int, str], tuple[float, int]]
+    ends: Mapping[int, int]
+    """By attempt: the exit code that it recorded before it left. One that had no time to has none."""
     fell_back: int
     evaluation_s: float
     notice_to_durable_s: float | None
@@ -57,6 +64,7 @@ def story_of(events: Iterable[Recorded]) -> Story:
     starts: dict[int, Start] = {}
     commits: dict[str, tuple[int, int]] = {}
     figures: dict[tuple[int, str], tuple[float, int]] = {}
+    ends: dict[int, int] = {}
     durable_s: list[float] = []
     errors: list[str] = []
     fell_back, evaluation_s = 0, 0.0
@@ -72,14 +80,23 @@ def story_of(events: Iterable[Recorded]) -> Story:
             figures |= {(step, figure): (float(value), attempt) for figure, value in fields["values"].items()}
         elif name == "restore.fell_back":
             fell_back += 1
-        elif name == "attempt.leaving" and fields.get("notice_to_durable_s") is not None:
-            durable_s.append(float(fields["notice_to_durable_s"]))
+        elif name == "attempt.leaving":
+            ends[attempt] = int(fields["code"])
+            if fields.get("notice_to_durable_s") is not None:
+                durable_s.append(float(fields["notice_to_durable_s"]))
+        elif name in _CODES:
+            ends[attempt] = _CODES[name]
         elif name == "attempt.failed":
             errors.append(f"attempt {attempt}: {fields.get('error')}")
     return Story(
-        tuple(starts[number] for number in sorted(starts)), commits, figures, fell_back, evaluation_s,
+        tuple(starts[number] for number in sorted(starts)), commits, figures, ends, fell_back, evaluation_s,
         max(durable_s, default=None), tuple(errors),
     )  # fmt: skip
+
+
+def ends_at(run: Path) -> Mapping[int, int]:
+    """The same as `Story.ends`, of a run that may go on. Empty where its folder is not there."""
+    return story_of(read_events(LocalStore(run))).ends if run.is_dir() else {}
 
 
 def miscounted(story: Story) -> list[str]:

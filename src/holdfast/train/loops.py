@@ -131,6 +131,7 @@ class Loops:
             can_stop = saves is not None and not place.in_batch and not place.cut and self._crossing.is_alone
             self._signals.region = "evaluating" if can_stop else None
             if self._signals.region and self._signals.leaving is not None:
+                self._signals.region = None
                 raise LeaveNow
             yield
             self._signals.region = None

@@ -111,6 +111,8 @@ class Signals:
     def _leave(self, code: int, frame: FrameType | None) -> None:
         self.leave(code)
         if self.region == "evaluating" or (self.region == "waiting" and self._may_stop_waiting(frame)):
+            # Whoever catches it saves: a second signal must not break that off.
+            self.region = None
             raise LeaveNow
 
     def _may_stop_waiting(self, frame: FrameType | None) -> bool:
