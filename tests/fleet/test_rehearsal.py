@@ -144,3 +144,34 @@ def test_twenty_preemptions(rehearse: Any, tmp_path: Path) -> None:
     proof = json.loads(re.findall(r"proof: (\{.*\})", world.output())[-1])
     assert proof == json.loads(reference.read_text())
     world.check_books()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("told", ["advised", "notice withdrawn"])
+def test_warned_and_not_taken(rehearse: Any, tmp_path: Path, told: str) -> None:
+    """After advice the run moves once its new machine is ready; after a notice that is taken back the other one goes home."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "count.py").write_text(COUNTING.replace("range(400)", "range(1200)").replace("4000", "12000"))
+    world = rehearse(CONFIG, {"name": "count", "run": "python count.py", "workdir": "code", "budget": 2})
+    world.launch()
+    world.wait_for(lambda: world.steps() >= 50)
+    (first,) = world.alive()
+    if told == "advised":
+        world.cloud.advise(first.id)
+    else:
+        world.cloud.preempt(first.id, lead_s=60)
+        world.wait_for(lambda: len(world.alive()) == 2)
+        world.cloud.withdraw(first.id)
+    assert world.finish() == 0, world.story()
+    whys = [line["why"] for line in world.status()["launches"]]
+    if told == "advised":
+        assert whys == ["stopped, exit code 75", "released, exit code 0"], world.story()
+    else:
+        assert whys == ["released, exit code 0", "stopped"], world.story()
+    reference = subprocess.run(
+        [sys.executable, str(code / "count.py")], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "HOLDFAST_RUN": str(tmp_path / "reference")},
+    )  # fmt: skip
+    assert re.findall(r"counted \d+", reference.stdout) == re.findall(r"counted \d+", world.output())
+    world.check_books()
