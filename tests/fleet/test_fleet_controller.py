@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from fleet_of_worlds import FleetOfWorlds, damaged
+from fleet_stories import NAMES, SCRIPTS, scenario
 from fleet_world import FusedStore, World, standing_pools
 from imagined import Fuse
-from test_crash import NAMES, SCRIPTS, scenario
 
 from holdfast.core.clock import SystemClock
 from holdfast.core.errors import ProviderError, StoreUnavailable
